@@ -1,0 +1,251 @@
+"""The decoder: a nanoGPT-style transformer in which the mask and the positions are arguments.
+
+In: token ids (or embeddings), a mask that says who may attend to whom, a position for every token. Out: the hidden
+state of every token after the final norm, and logits from it. Nothing here knows what a view, a tokenizer or a model
+family is: `jepa.py` makes the mask, `data.py` the positions, `weights.py` turns Hugging Face families into `Config`s.
+
+    B rows, T new columns, S columns attended to (S = T without a cache), C = d_model, H heads, G key/value heads,
+    D = head_dim, V = vocab_size
+
+The two classic styles are GPT-2 (learned positions, LayerNorm, GELU, biases) and Llama (the defaults below: RoPE,
+RMSNorm, SwiGLU, grouped-query attention). Every later family is one of them with a few fields changed. Next: `data.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_ff: int  # inner width of the MLP
+    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention. None: n_head
+    head_dim: int | None = None  # None: d_model / n_head
+    block_size: int = 1024  # the longest a view may be, in tokens
+    tied: bool = True  # the output matrix is the embedding matrix
+    embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d_model)
+    # positions
+    position: str = "rope"  # or "learned" (GPT-2)
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # Phi rotates only this part of each head
+    rope_scaling: dict | None = None  # {"type": "linear" | "llama3", "factor": ..., ...}, see `rope_frequencies`
+    # norms
+    norm: str = "rms"  # or "layer"
+    norm_eps: float = 1e-5
+    norm_plus_one: bool = False  # Gemma stores w - 1
+    pre_norm: bool = True  # norm what goes into attention and MLP
+    post_norm: bool = False  # norm what comes out of them (OLMo-2; Gemma-2 and 3 do both)
+    parallel: bool = False  # Phi: attention and MLP read the same normed input
+    qk_norm: str | None = None  # "head": each head of q and k (Qwen-3, Gemma-3); "full": all heads as one (OLMo-2)
+    # linear layers
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    head_bias: bool = False  # of the output matrix (Phi)
+    activation: str = "silu"  # or "gelu", "gelu_tanh"
+    gated: bool = True  # down(act(gate(x)) * up(x)), otherwise down(act(up(x)))
+    # attention
+    attn_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attn_softcap: float | None = None  # Gemma-2: cap * tanh(scores / cap)
+    logit_softcap: float | None = None
+    window: int | None = None  # windowed layers see only keys less than this many positions back
+    windowed: tuple[bool, ...] = ()  # per layer; empty: every layer, if there is a window
+    rope_theta_window: float | None = None  # Gemma-3: windowed layers use this theta, and no rope_scaling
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        self.windowed = tuple(self.windowed) or (self.window is not None,) * self.n_layer
+        assert self.n_head % self.n_kv_head == 0, f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads"
+        assert len(self.windowed) == self.n_layer, "Config.windowed needs one entry per layer"
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 whatever the type of x."""
+
+    def __init__(self, width, eps, plus_one=False):
+        super().__init__()
+        self.eps, self.offset = eps, 1.0 if plus_one else 0.0
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).type_as(x)
+
+
+def make_norm(config, width=None):
+    width = width or config.d_model
+    if config.norm == "layer":
+        return nn.LayerNorm(width, eps=config.norm_eps)
+    return RMSNorm(width, config.norm_eps, config.norm_plus_one)
+
+
+def rope_frequencies(config, windowed=False):
+    """Radians per position for each rotated pair of dimensions, (R/2,). RoFormer, arXiv 2104.09864, section 3.2.2."""
+    theta = config.rope_theta_window if windowed and config.rope_theta_window else config.rope_theta
+    rotated = int(config.head_dim * config.rope_fraction)
+    frequency = theta ** -(torch.arange(0, rotated, 2).float() / rotated)
+    scaling = config.rope_scaling
+    if scaling is None or (windowed and config.rope_theta_window):
+        return frequency
+    slowed = frequency / scaling["factor"]
+    if scaling["type"] == "linear":
+        return slowed
+    # Llama-3: long waves are slowed by `factor`, short ones are left alone, those between are blended.
+    turns = scaling["original_block_size"] * frequency / (2 * math.pi)  # turns within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * slowed
+
+
+def rotate(x, cos, sin):
+    """Turn pairs of dimensions of x (B, H, T, D) by their angles; cos, sin (B, 1, T, R/2), R <= D.
+
+    A pair is (i, i + R/2), as in Hugging Face checkpoints; the RoPE paper pairs (2i, 2i + 1). The two differ by a fixed
+    permutation of the projection's rows, so weights of one convention give nonsense under the other.
+    """
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+        if c.qk_norm:
+            per_head = c.qk_norm == "head"
+            self.q_norm = make_norm(c, c.head_dim if per_head else c.n_head * c.head_dim)
+            self.k_norm = make_norm(c, c.head_dim if per_head else c.n_kv_head * c.head_dim)
+
+    def forward(self, x, mask, rope=None, cache=None):
+        c, (B, T, _) = self.config, x.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H*D), (B, T, G*D) twice
+        if c.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, T, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, H or G, T, D)
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, D): all columns so far
+        scale = c.attn_scale or c.head_dim**-0.5
+        mask = mask[:, None]  # (B, 1, T, S): the same for every head
+        if c.attn_softcap is None:
+            grouped = c.n_kv_head != c.n_head
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        else:  # no fused kernel caps the scores
+            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
+            scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
+            y = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": nn.GELU(approximate="tanh")}[c.activation]
+        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias) if c.gated else None
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        norm_if = lambda wanted: make_norm(config) if wanted else nn.Identity()  # noqa: E731
+        self.parallel = config.parallel
+        self.attn_norm = norm_if(config.pre_norm)
+        self.attn = Attention(config, layer)
+        self.attn_post_norm = norm_if(config.post_norm)
+        self.mlp_norm = norm_if(config.pre_norm and not config.parallel)
+        self.mlp = MLP(config)
+        self.mlp_post_norm = norm_if(config.post_norm)
+
+    def forward(self, x, mask, rope=None, cache=None):
+        h = self.attn_norm(x)
+        attended = self.attn_post_norm(self.attn(h, mask, rope, cache))
+        if self.parallel:
+            return x + attended + self.mlp(h)
+        x = x + attended
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, more time
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.position_embed = nn.Embedding(config.block_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        if not config.tied:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        self.apply(self._init)
+
+    def _init(self, module):
+        """GPT-2's: N(0, 0.02), and less for what is added to the residual stream, so that depth does not swell it."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            for projection in (module.attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, ids, mask, position, cache=None, embeds=None):
+        """States after the final norm, (B, T, C).
+
+        ids (B, T). mask (B, T, S) bool: True where token q may attend to column k. position (B, T): counted per view.
+        cache: `generate.Cache`, holds the S - T earlier columns. embeds (B, T, C) stands in for `embed(ids)`.
+        """
+        c = self.config
+        x = (self.embed(ids) if embeds is None else embeds) * c.embed_scale  # (B, T, C)
+        key_position = position if cache is None else cache.extend(position)  # (B, S)
+        if c.position == "learned":
+            x = x + self.position_embed(position)
+        masks = {False: mask}
+        if any(c.windowed):
+            masks[True] = mask & (position[:, :, None] - key_position[:, None, :] < c.window)
+        ropes = {windowed: self._rope(position, windowed) for windowed in masks}
+        for block, windowed in zip(self.blocks, c.windowed, strict=True):
+            step = (x, masks[windowed], ropes[windowed], cache)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, *step, use_reentrant=False)
+            else:
+                x = block(*step)
+        return self.norm(x)
+
+    def _rope(self, position, windowed):
+        if self.config.position != "rope":
+            return None
+        frequency = rope_frequencies(self.config, windowed).to(position.device)
+        angle = position[:, None, :, None].float() * frequency  # (B, 1, T, R/2)
+        return angle.cos(), angle.sin()
+
+    def logits(self, hidden):
+        """Scores over the vocabulary, (..., V), for states (..., C)."""
+        logits = F.linear(hidden, self.embed.weight) if self.config.tied else self.head(hidden)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits

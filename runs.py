@@ -1,0 +1,148 @@
+"""The run folder: what train.py leaves on disk, and how eval.py and --resume read it back.
+
+    config.json      every setting, the sha256 of the data files, versions
+    log.jsonl        one object per logged step, and one per validation
+    checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
+                     training.pt (optimizer, random state, step; opened with weights_only: it cannot run code)
+    best/            the same without training.pt: the weights with the best validation score
+
+Everything is written under another name first and then renamed, so a crash leaves the old state or the new, never half.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import weights
+from cli import UserError
+from jepa import LLMJEPA
+
+PATHS = ("data", "val", "out")  # the settings that are paths
+
+
+def create(args):
+    """Make the folder args.out (chosen here if None) and its config.json. An existing run is never touched."""
+    if args.out is None:
+        name = f"runs/lam{args.lam:g}-k{args.k}-seed{args.seed}"
+        names = [name] + [f"{name}-{i}" for i in range(2, 10000)]
+        args.out = next(path for path in map(Path, names) if not path.exists())
+    if (args.out / "config.json").exists():
+        raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    config = {"arguments": settings, "sha256": data_hashes(args), "versions": versions}
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "config.json", config)
+    except OSError as failure:
+        raise UserError(f"--out {args.out}: {failure.strerror}; choose a folder that can be written") from None
+
+
+def data_hashes(args):
+    """{"data": sha256 of that file, "val": ... or None}"""
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if (p := getattr(args, n)) else None for n in ("data", "val")}
+
+
+def read(run):
+    """(arguments, config) of a run folder. Raises UserError where `run` is none."""
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        settings = dict(config["arguments"])
+        settings |= {name: Path(settings[name]) if settings[name] else None for name in PATHS}
+    except OSError:
+        raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the config.json of a run") from None
+    return argparse.Namespace(**settings), config
+
+
+def write_json(path, value):
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def save_model(model, folder, source=None, training=None):
+    """Write a model (and the state of its training) as `folder`, replacing the one that was there."""
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    weights.save(model.decoder, new, source)
+    save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
+    if training is not None:
+        torch.save(training, new / "training.pt")
+    if folder.exists():
+        os.rename(folder, old)  # from here to the next line `old` is the state: see `resume`
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(folder):
+    """The `LLMJEPA` that save_model wrote; a Hugging Face folder without [PRED] vectors has k = 0."""
+    decoder = weights.load(folder)
+    path = Path(folder) / "pred.safetensors"
+    if not path.exists():
+        return LLMJEPA(decoder, 0)
+    try:
+        pred = load_file(path)["pred"]
+    except (SafetensorError, KeyError, OSError) as failure:
+        raise UserError(f"{path}: cannot be read ({failure}); restore it from a copy, or train again") from None
+    if pred.dim() != 2 or pred.shape[1] != decoder.config.d_model:
+        raise UserError(
+            f"{path}: pred has shape {list(pred.shape)}, the decoder wants [k, {decoder.config.d_model}]; "
+            "the two files are not of one run"
+        )
+    model = LLMJEPA(decoder, len(pred))
+    with torch.no_grad():
+        model.pred.copy_(pred)
+    return model
+
+
+def resume(run):
+    """(arguments, folder of the last checkpoint) of a run that is to go on."""
+    args, config = read(run)
+    args.out = Path(run)  # the folder may have been moved
+    for name, now in data_hashes(args).items():
+        if now != config["sha256"][name]:
+            raise UserError(f"{getattr(args, name)}: has changed since {run} began; put the old file back")
+    folder = args.out / "checkpoint"
+    if not folder.exists():
+        folder = args.out / "checkpoint.old"  # a crash came between the two renames of save_model
+    if not folder.exists():
+        raise UserError(f"{run}: holds no checkpoint to go on from; start the run anew with another --out")
+    return args, folder
+
+
+def restore(folder, optimizer, state, args):
+    """Put optimizer, random state and `state` back as they were, and cut the log back to that step."""
+    path = Path(folder) / "training.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        found = [saved["optimizer"]["state"][i]["exp_avg"].shape for i in range(len(saved["optimizer"]["state"]))]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as failure:
+        raise UserError(f"{path}: cannot be read ({failure}); this run cannot go on, start another") from None
+    if found != wanted:
+        raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on, start another")
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"])
+    state.update(step=saved["step"], best=saved["best"])
+    log = args.out / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+    partial = log.with_name("log.jsonl.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, log)

@@ -1,0 +1,42 @@
+"""Toy decoders and examples that the tests share. Every parameter is random, norms and biases too: none can go unnoticed."""
+
+import pytest
+import torch
+
+from data import Example
+from model import Config, Decoder
+
+STYLES = {
+    "llama": dict(n_kv_head=2, tied=False),
+    "gpt2": dict(position="learned", norm="layer", activation="gelu_tanh", gated=False, qkv_bias=True, out_bias=True,
+                 mlp_bias=True),
+}
+
+
+def toy_decoder(style, vocab_size=50, seed=0, **changes):
+    """Two layers, width 32, all parameters drawn at random."""
+    torch.manual_seed(seed)
+    config = Config(vocab_size, n_layer=2, n_head=4, d_model=32, d_ff=48, block_size=64, **STYLES[style] | changes)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape) + (1.0 if parameter.dim() == 1 else 0.0))
+    return decoder
+
+
+@pytest.fixture(params=STYLES)
+def decoder(request):
+    return toy_decoder(request.param)
+
+
+@pytest.fixture
+def examples():
+    """Four examples of different lengths with random ids below 50; the text of the paper layout is TEXT itself."""
+    torch.manual_seed(1)
+    made = []
+    for text, answer in ((5, 4), (9, 2), (3, 7), (7, 3)):
+        ids = torch.randint(1, 50, (text + 1 + answer,)).tolist()  # TEXT, one header id, answer and stop
+        trained = [False] * (text + 1) + [True] * answer
+        code = ids[text:-1]  # header and answer, without the stop token
+        made.append(Example(ids, trained, text, text=ids[:text], code=code, text_start=1, answer_start=text + 1))
+    return made

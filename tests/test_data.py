@@ -1,0 +1,236 @@
+"""Files to batches: what is refused and where, which ids are targets, how rows are laid out, the order of the data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import tokenizer as tokenizers
+from cli import UserError
+from jepa import CODE, PRED, TEXT
+
+ROOT = Path(__file__).parent.parent
+SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "lines with a dog"}
+ANSWER = {"role": "assistant", "content": "(dog)|.*"}
+
+
+@pytest.fixture(scope="module")
+def synth():
+    return tokenizers.load("synth")
+
+
+def write(tmp_path, *rows, raw=None):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(raw if raw is not None else "\n".join(map(json.dumps, rows)).encode())
+    return path
+
+
+def row(*messages, **more):
+    return {"messages": list(messages), **more}
+
+
+def one(tmp_path, *messages):
+    return data.read(write(tmp_path, row(*messages)))[0]
+
+
+# ---- reading
+
+
+def test_reads_with_and_without_bom_blank_lines_and_system(tmp_path):
+    body = json.dumps(row(SYSTEM, USER, ANSWER)) + "\r\n\n   \n" + json.dumps(row(USER, ANSWER), ensure_ascii=False)
+    for bom in (b"", b"\xef\xbb\xbf"):
+        path = write(tmp_path, raw=bom + body.encode())
+        first, second = data.read(path)
+        assert first.messages == [SYSTEM, USER, ANSWER] and first.where == f"{path}:1"
+        assert second.messages == [USER, ANSWER] and second.where == f"{path}:4"
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"", "no rows"),
+    (b"\n \n", "no rows"),
+    (b'{"messages": [', ":1: not JSON"),
+    (b'\n{"messages": "hello"}', ":2: needs"),
+    (b"[1, 2]", ":1: needs"),
+    (b"\xff\xfe\x00", ":1: not UTF-8"),
+    (b"[" * 100000, ":1: not JSON"),
+    (b'{"messages": []}', ":1: roles are []"),
+    (b'{"messages": [{"role": "user", "content": "x"}]}', ":1: roles are"),
+    (b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', ":1: roles are"),
+    (b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}', ":1: a turn must be"),
+    (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "turn is empty"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "surrogate"),
+    (b'{"messages": [7]}', ":1: a turn must be"),
+])
+def test_bad_files_are_refused_by_line(tmp_path, content, complaint):
+    with pytest.raises(UserError, match=".") as caught:
+        data.read(write(tmp_path, raw=content))
+    assert complaint in str(caught.value) and "rows.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        data.read(tmp_path / "nothing.jsonl")
+    with pytest.raises(UserError, match="directory"):
+        data.read(tmp_path)
+
+
+# ---- examples and labels
+
+
+def targets(example, tokenizer):
+    return [tokenizer.decode([i]) for i, wanted in zip(example.full, example.trained, strict=True) if wanted]
+
+
+def test_the_answer_and_its_stop_token_are_the_targets(tmp_path, synth):
+    """... even where the question contains the answer word for word."""
+    e = data.example(one(tmp_path, SYSTEM, {"role": "user", "content": ANSWER["content"]}, ANSWER), synth)
+    assert "".join(targets(e, synth)) == "(dog)|.*<|end|>"
+    assert e.trained == [False] * e.answer_start + [True] * (len(e.full) - e.answer_start)
+    assert synth.decode(e.full[: e.text_end]) == "<|system|>Be brief.<|user|>(dog)|.*"
+    assert synth.decode(e.full[: e.answer_start]) == "<|system|>Be brief.<|user|>(dog)|.*<|assistant|>"
+    assert synth.decode(e.text) == "<|user|>(dog)|.*" and synth.decode(e.text[e.text_start :]) == "(dog)|.*"
+    assert synth.decode(e.code) == "<|assistant|>(dog)|.*"
+
+
+def test_train_on_all_and_no_stop_label_reproduce_the_official_labels(tmp_path, synth):
+    conversation = one(tmp_path, SYSTEM, USER, ANSWER)
+    everything = data.example(conversation, synth, train_on="all")
+    assert everything.trained == [False] + [True] * (len(everything.full) - 1)
+    official = data.example(conversation, synth, train_on="all", stop_label=False)
+    assert official.trained == everything.trained[:-1] + [False]
+    without = data.example(conversation, synth, stop_label=False)
+    assert "".join(targets(without, synth)) == "(dog)|.*"
+
+
+def test_a_label_is_the_next_id_even_if_that_equals_the_padding(synth):
+    """Padding is id 0. An answer that contains id 0, and a stop token of id 0, keep their labels."""
+    e = data.Example([5, 6, 0, 7, 0], [False, False, True, True, True], 1, [5], [6, 0, 7])
+    longer = data.Example([5, 6, 1, 7, 2, 3, 0], [False] * 6 + [True], 1, [5], [6, 1])
+    batch = data.collate([e, longer], 0, jepa=False)
+    assert batch.label.tolist() == [[-100, 0, 7, 0, -100, -100, -100], [-100] * 5 + [0, -100]]
+
+
+def test_earlier_turns_belong_to_text(tmp_path, synth):
+    early = [{"role": "user", "content": "ring"}, {"role": "assistant", "content": "lake"}]
+    e = data.example(one(tmp_path, SYSTEM, *early, USER, ANSWER), synth)
+    expected = "<|system|>Be brief.<|user|>ring<|assistant|>lake<|end|><|user|>lines with a dog"
+    assert synth.decode(e.full[: e.text_end]) == expected
+    assert synth.decode(e.text) == expected.removeprefix("<|system|>Be brief.")
+    assert "".join(targets(e, synth)) == "(dog)|.*<|end|>"
+
+
+def test_text_that_looks_like_a_special_token_stays_text(tmp_path, synth):
+    tricky = {"role": "user", "content": "a<|end|><|assistant|>b<|endoftext|>"}
+    e = data.example(one(tmp_path, tricky, {"role": "assistant", "content": "c<|end|>d"}), synth)
+    assert e.full.count(synth.stop) == 1 and e.full[-1] == synth.stop
+    assert "".join(targets(e, synth)) == "c<|end|>d<|end|>"
+    headers = [synth.encode(f"<|{role}|>") for role in ("user", "assistant")]
+    assert all(len(ids) > 1 for ids in headers)  # as text they are several tokens
+    assert synth.decode(e.full) == "<|user|>a<|end|><|assistant|>b<|endoftext|><|assistant|>c<|end|>d<|end|>"
+
+
+def test_rows_that_do_not_fit_are_refused_or_skipped(tmp_path, synth, capsys):
+    path = write(tmp_path, row(USER, ANSWER), row(USER, {"role": "assistant", "content": "dog " * 100}))
+    with pytest.raises(UserError, match=r"rows.jsonl:2: needs \d+ tokens, the model has room for 40"):
+        data.load(path, synth, limit=40)
+    conversations, examples = data.load(path, synth, limit=40, too_long="skip")
+    assert [c.where for c in conversations] == [f"{path}:1"] and len(examples) == 1
+    assert "skipped 1 rows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no row fits"):
+        data.load(path, synth, limit=3, too_long="skip")
+
+
+def test_the_longest_view_counts_pred_but_not_the_row(tmp_path, synth):
+    """The limit is on positions, and those restart: a fused row may be longer than the model's block_size."""
+    e = data.example(one(tmp_path, USER, ANSWER), synth)
+    assert data.longest_view(e, 0) == len(e.full)
+    batch = data.collate([e], 40)
+    assert batch.position.max() + 1 == data.longest_view(e, 40) < batch.ids.shape[1]
+
+
+# ---- batches
+
+
+def test_fused_rows(examples):
+    batch = data.collate(examples, k=2)
+    e, row = examples[0], 0
+    n, t = len(e.full), e.text_end
+    used = n + 2 + len(e.code)
+    assert batch.ids[row, :used].tolist() == e.full + [-1, -2] + e.code
+    expected = [*range(n), t, t + 1, *range(len(e.code))]
+    assert batch.position[row, :used].tolist() == expected
+    assert batch.segment[row, :used].tolist() == [0] * t + [1] * (n - t) + [2] * 2 + [3] * len(e.code)
+    assert (batch.segment[row, used:] == 4).all() and (batch.label[row, n - 1 :] == -100).all()
+    assert batch.label[row, t:n].tolist() == [*e.full[t + 1 :], -100]
+    for i, e in enumerate(examples):
+        assert batch.text_at[i].tolist() == [i, len(e.full) + 1]
+        assert batch.code_at[i].tolist() == [i, len(e.full) + 1 + len(e.code)]
+
+
+def test_without_pred_text_is_read_at_its_own_last_token(examples):
+    batch = data.collate(examples, k=0)
+    assert batch.text_at.tolist() == [[i, e.text_end - 1] for i, e in enumerate(examples)]
+
+
+def test_paper_rows(examples):
+    batch = data.collate(examples, k=1, layout="paper")
+    assert len(batch.ids) == 8 and len(batch.text_at) == 4
+    e = examples[1]
+    used = len(e.text) + 1 + len(e.code)
+    assert batch.ids[3, :used].tolist() == e.text + [-1] + e.code
+    assert batch.position[3, :used].tolist() == [*range(len(e.text) + 1), *range(len(e.code))]
+    assert (batch.label[3] == -100).all() and batch.ids[2, : len(e.full)].tolist() == e.full
+    assert batch.text_at[1].tolist() == [3, len(e.text)] and batch.code_at[1].tolist() == [3, used - 1]
+
+
+def test_front_pred_stands_before_the_users_content(examples):
+    batch = data.collate(examples, k=2, layout="paper", front_pred=True)
+    e = examples[0]
+    start, used = e.text_start, len(e.text) + 2
+    assert batch.ids[1, :used].tolist() == e.text[:start] + [-1, -2] + e.text[start:]
+    assert batch.position[1, :used].tolist() == [*range(used)]
+    assert batch.segment[1, :used].tolist() == [TEXT] * start + [PRED] * (used - start)
+    assert batch.text_at[0].tolist() == [1, used - 1]
+
+
+@pytest.mark.parametrize("layout", ["fused", "paper"])
+def test_reverse_puts_pred_behind_code(examples, layout):
+    batch = data.collate(examples, k=2, layout=layout, reverse=True)
+    assert (batch.segment != PRED).all()
+    for e, text, code in zip(examples, batch.text_at.tolist(), batch.code_at.tolist(), strict=True):
+        assert batch.ids[text[0], text[1]] == e.full[e.text_end - 1]
+        assert batch.ids[code[0], code[1] - 1 : code[1] + 1].tolist() == [-1, -2]
+        assert batch.segment[code[0], code[1]] == CODE and batch.position[code[0], code[1]] == len(e.code) + 1
+
+
+def test_counts_are_what_the_losses_are_averaged_over(examples):
+    batch = data.collate(examples, k=1)
+    assert data.count(examples) == ((batch.label != -100).sum(), len(batch.text_at))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    lengths = torch.randint(10, 90, (1003,)).tolist()
+    steps = data.order(lengths, 32, seed=1, epoch=2)
+    assert steps == data.order(lengths, 32, seed=1, epoch=2)
+    assert steps != data.order(lengths, 32, seed=1, epoch=3) and steps != data.order(lengths, 32, seed=2, epoch=2)
+    assert sorted(sum(steps, [])) == list(range(1003)) and sorted(map(len, steps)) == [11] + [32] * 31
+    padding = sum(max(lengths[i] for i in step) * len(step) for step in steps) / sum(lengths)
+    assert padding < 1.1  # rows of a step are about equally long
+
+
+# ---- python data.py
+
+
+def test_the_command_shows_views_mask_and_statistics(tmp_path):
+    path = write(tmp_path, row(SYSTEM, USER, ANSWER))
+    command = [sys.executable, ROOT / "data.py", path, "--k", "1"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "|[dog]|" in shown and "|[<|end|>]|" in shown and "| dog|" not in shown.split("ANSWER")[1].split("CODE")[0]
+    assert "TEXT   #..." in shown and "Pred(Enc(Text)) is read at row 0" in shown and "PRED1" in shown
+    assert "fused row, k=1" in shown
+    bad = subprocess.run([*command, "--row", "5"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1

@@ -1,0 +1,199 @@
+"""The method: mask, three views in one pass, what each state may depend on, how losses are averaged."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import STYLES, toy_decoder
+from torch.testing import assert_close
+
+import data
+import jepa
+from jepa import ANSWER, CODE, PAD, PRED, TEXT, LLMJEPA
+
+PICTURE = """
+    T T T A A P P C C - -
+T   # . . . . . . . . . .
+T   # # . . . . . . . . .
+T   # # # . . . . . . . .
+A   # # # # . . . . . . .
+A   # # # # # . . . . . .
+P   # # # . . # . . . . .
+P   # # # . . # # . . . .
+C   . . . . . . . # . . .
+C   . . . . . . . # # . .
+-   . . . . . . . . . # .
+-   . . . . . . . . . # #
+"""
+
+
+def gradients(model):
+    """Per parameter; zeros where the loss does not depend on it."""
+    zeros = torch.zeros_like
+    return {name: zeros(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def backward(model, total):
+    model.zero_grad()
+    total.backward()
+    return gradients(model)
+
+
+def three_passes(model, examples, lam):
+    """The naive reference: each view alone, in a forward pass of its own, with a mask and positions written out here."""
+
+    def states(embeds):
+        n = embeds.shape[0]
+        causal = torch.ones(1, n, n).tril().bool()
+        return model.decoder.hidden(torch.zeros(1, n).long(), causal, torch.arange(n)[None], embeds=embeds[None])[0]
+
+    embed = lambda ids: model.decoder.embed(torch.tensor(ids))  # noqa: E731
+    nll, count, distances = 0.0, 0, []
+    for e in examples:
+        logits = model.decoder.logits(states(embed(e.full)))
+        for i in range(1, len(e.full)):
+            if e.trained[i]:
+                nll, count = nll - logits[i - 1].log_softmax(-1)[e.full[i]], count + 1
+        text = states(torch.cat([embed(e.full[: e.text_end]), model.pred]))[-1]
+        code = states(embed(e.code))[-1]
+        distances.append(1 - text @ code / (text.norm() * code.norm()))
+    lm, distance = nll / count, torch.stack(distances).mean()
+    return lm + lam * distance, lm, distance
+
+
+def test_mask_is_the_picture():
+    rows = [line.split()[1:] for line in PICTURE.strip().splitlines()[1:]]
+    segment = torch.tensor([[TEXT] * 3 + [ANSWER] * 2 + [PRED] * 2 + [CODE] * 2 + [PAD] * 2])
+    expected = torch.tensor([[cell == "#" for cell in row] for row in rows])
+    assert torch.equal(jepa.mask(segment)[0], expected)
+    assert jepa.mask(segment).dtype == torch.bool
+
+
+def test_no_row_of_the_mask_is_empty():
+    every_order = torch.cartesian_prod(*[torch.arange(5)] * 3)  # (125, 3) segments in all orders, however odd
+    assert jepa.mask(every_order).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_fused_equals_three_passes(decoder, examples, k):
+    model = LLMJEPA(decoder, k)
+    expected = three_passes(model, examples, lam=2.0)
+    wanted = backward(model, expected[0])
+    losses = model(data.collate(examples, k), lam=2.0)
+    assert_close(tuple(losses), expected, rtol=1e-5, atol=1e-5)
+    assert_close(backward(model, losses.total), wanted, rtol=1e-4, atol=1e-5)
+    assert k == 0 or wanted["pred"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_paper_layout_equals_fused_when_the_views_are_the_same_tokens(decoder, examples, k):
+    model = LLMJEPA(decoder, k)
+    fused, paper = (model(data.collate(examples, k, layout), lam=2.0) for layout in ("fused", "paper"))
+    assert_close(tuple(paper), tuple(fused), rtol=1e-5, atol=1e-5)
+    assert_close(backward(model, paper.total), backward(model, fused.total), rtol=1e-4, atol=1e-5)
+
+
+def test_a_view_does_not_know_what_else_is_in_the_row(decoder, examples):
+    """Other ANSWER and CODE tokens never change Text's state, other TEXT or ANSWER tokens never change Code's."""
+    model = LLMJEPA(decoder, 2)
+    batch = data.collate(examples, 2)
+    text, code = model.encodings(batch)
+
+    def with_other(*segments):
+        where = torch.isin(batch.segment, torch.tensor(segments)) & (batch.ids >= 0)
+        return batch._replace(ids=torch.where(where, (batch.ids + 7) % 50, batch.ids))
+
+    assert_close(model.encodings(with_other(ANSWER, CODE, PAD))[0], text, rtol=0, atol=0)
+    assert_close(model.encodings(with_other(TEXT, ANSWER, PAD))[1], code, rtol=0, atol=0)
+    assert not torch.allclose(model.encodings(with_other(TEXT))[0], text)
+    assert not torch.allclose(model.encodings(with_other(CODE))[1], code)
+
+
+def test_padding_changes_nothing(decoder, examples):
+    model = LLMJEPA(decoder, 1)
+    alone = [model.encodings(data.collate([e], 1)) for e in examples]
+    together = model.encodings(data.collate(examples, 1))
+    for view in (0, 1):
+        assert_close(torch.cat([pair[view] for pair in alone]), together[view], rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_jepa_term_it_is_plain_fine_tuning(decoder, examples):
+    """lam = 0, a batch without views, and cross-entropy written out here give the same loss and gradients."""
+    model = LLMJEPA(decoder, 2)
+    plain = model(data.collate(examples, 2, jepa=False), lam=0.0)
+    wanted = backward(model, plain.total)
+    ignored = model(data.collate(examples, 2), lam=0.0)
+    assert_close(ignored.total, plain.total, rtol=1e-6, atol=1e-6)
+    got = backward(model, ignored.total)
+    assert got.pop("pred").abs().max() == 0
+    assert wanted.pop("pred").abs().max() == 0
+    assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert plain.total == plain.lm and plain.jepa == 0
+
+    batch = data.collate(examples, 2, jepa=False)
+    assert (batch.segment != PRED).all() and (batch.segment != CODE).all() and len(batch.text_at) == 0
+    logits = decoder.logits(decoder.hidden(batch.ids, jepa.mask(batch.segment), batch.position))
+    assert_close(plain.lm, F.cross_entropy(logits.flatten(0, 1), batch.label.flatten()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["cosine"])
+def test_parts_of_a_step_sum_to_the_whole(decoder, examples, distance):
+    """Accumulating 4 x 1 examples equals 1 x 4, although the examples have different numbers of labels."""
+    model = LLMJEPA(decoder, 1)
+    whole = model(data.collate(examples, 1), lam=2.0, distance=distance)
+    wanted = backward(model, whole.total)
+    step = data.count(examples)
+    parts = [model(data.collate([e], 1), lam=2.0, distance=distance, step=step) for e in examples]
+    sums = [sum(part) for part in zip(*parts, strict=True)]
+    assert_close(tuple(sums), tuple(whole), rtol=1e-5, atol=1e-6)
+    assert_close(backward(model, sums[0]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_pred_vectors_are_a_parameter_of_their_own(decoder):
+    model = LLMJEPA(decoder, 3)
+    assert model.pred.shape == (3, 32) and model.pred.requires_grad
+    assert torch.pdist(model.pred).min() > 0.1  # they differ from each other
+    assert decoder.logits(torch.randn(2, 32)).shape == (2, 50)  # and are not tokens that could be predicted
+    assert decoder.embed.weight.shape == (50, 32)
+    assert "pred" not in decoder.state_dict()
+
+
+def test_the_seed_gives_the_same_decoder_whatever_k():
+    weights = []
+    for k in (0, 4):
+        torch.manual_seed(5)
+        weights.append(LLMJEPA(toy_decoder("llama", seed=5), k).decoder.state_dict())
+    assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_pred_vectors_are_used_in_reading_order(decoder, examples):
+    """The columns of PRED hold pred[0], pred[1], ... as an independent embedding of the row shows."""
+    model = LLMJEPA(decoder, 2)
+    batch = data.collate(examples[:1], 2)
+    columns = (batch.segment[0] == PRED).nonzero().flatten()
+    embeds = decoder.embed(batch.ids.clamp(min=0)).detach().clone()
+    embeds[0, columns] = model.pred.detach()
+    hidden = decoder.hidden(batch.ids, jepa.mask(batch.segment), batch.position, embeds=embeds)
+    assert_close(model.hidden(batch), hidden, rtol=1e-6, atol=1e-6)
+    swapped = embeds.clone()
+    swapped[0, columns] = model.pred.detach().flip(0)
+    other = decoder.hidden(batch.ids, jepa.mask(batch.segment), batch.position, embeds=swapped)
+    assert not torch.allclose(other, hidden)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_positions_restart_for_code(style, examples):
+    """With learned positions a shift of CODE changes its encoding; with RoPE only distances count, so it does not."""
+    model = LLMJEPA(toy_decoder(style), 1)
+    batch = data.collate(examples, 1)
+    shifted = batch._replace(position=batch.position + 3 * (batch.segment == CODE))
+    same = torch.allclose(model.encodings(shifted)[1], model.encodings(batch)[1], atol=1e-5)
+    assert same == (style == "llama")
+
+
+def test_stop_grad_keeps_the_gradient_out_of_one_view(decoder, examples):
+    """Only [PRED] -> Text's gradient reaches .pred; with "text" stopped it gets none, with "code" stopped it gets it."""
+    model = LLMJEPA(decoder, 1)
+    batch = data.collate(examples, 1)
+    for name, reached in (("none", True), ("code", True), ("text", False)):
+        got = backward(model, model(batch, stop_grad=name).jepa)
+        assert (got["pred"].abs().sum() > 0) == reached, name
