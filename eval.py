@@ -2,20 +2,19 @@
 
     python eval.py runs/lam2-k1-seed0 --data datasets/synth_test.jsonl
 
-Writes into the run folder: predictions.jsonl (one object per row), metrics.json, tsne.png, spectrum.png. Prints a summary
-of one screen. The scorers are in score.py, the figures about encodings in representation.py.
+Writes into the run folder: predictions.jsonl (one object per row), metrics.json, tsne.png, spectrum.png. Prints a
+summary of one screen. The scorers are in score.py, the figures about encodings in representation.py.
 """
 
 import json
-import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import cli
 import data
 import generate
+import plots
 import representation
 import runs
 import score
@@ -32,6 +31,7 @@ def arguments():
     add("run", type=Path, help="run folder of train.py")
     add("--data", type=Path, required=True, help="JSONL of conversations to answer")
     add("--task", choices=sorted(score.TASKS), help="how answers are scored; default: from the data file's name")
+    add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
     add("--limit", type=int, help="only the first so many rows")
     add("--max_new_tokens", type=int, help=f"budget of an answer; default by task: {BUDGET}")
     add("--batch_size", type=int, default=128, help="prompts per batch")
@@ -46,12 +46,13 @@ def arguments():
     return args
 
 
-def open_run(path, device):
-    """(model, tokenizer, settings) of a run folder; the best checkpoint if there is one, else the last."""
-    settings, _ = runs.read(path)
-    folder = next((path / name for name in ("best", "checkpoint") if (path / name).exists()), None)
+def open_run(args, device):
+    """(model, tokenizer, settings) of the run: its best checkpoint if it has one, else its last. Sets args.weights."""
+    settings, _ = runs.read(args.run)
+    folder = next((args.run / name for name in ("best", "checkpoint") if (args.run / name).exists()), None)
     if folder is None:
-        raise UserError(f"{path}: holds no checkpoint yet; let train.py finish an epoch first")
+        raise UserError(f"{args.run}: holds no checkpoint yet; let train.py finish an epoch first")
+    args.weights = f"{folder.name} {runs.sha256(folder / 'model.safetensors')[:16]}"
     return runs.load_model(folder).to(device).eval(), tokenizers.load(settings.tokenizer), settings
 
 
@@ -104,18 +105,53 @@ def rates(answers, golds, users, args):
     return rows, shares
 
 
+def summary(args, shares, figures):
+    """Print what one wants to know, on one screen."""
+    print(f"\n{args.run} on {args.data}: {figures['n']} rows, task {args.task}")
+    names = {"exact": "exact match", "prefix": "starts with the gold answer", "contains": "contains the gold answer",
+             "stopped": "ended by the stop token"}
+    for name, share in shares.items():
+        interval = f"[{share['low']:6.1%}, {share['high']:6.1%}]"
+        print(f"  {names.get(name, name):28s} {share['value']:7.2%}   95 % interval {interval}")
+    print("Encodings: [PRED] state of Text against Code")
+    print(f"  cosine, pairs {figures['cosine_aligned']:.4f}, shuffled pairs {figures['cosine_shuffled']:.4f}")
+    print(f"  retrieval@1, Text to Code {figures['retrieval_at_1_text_to_code']:.1%}, "
+          f"Code to Text {figures['retrieval_at_1_code_to_text']:.1%}")
+    ranks = (f"{name} {figures[f'effective_rank_{name}']:.1f}" for name in ("text", "pred", "code"))
+    print(f"  effective rank, {', '.join(ranks)}")
+    print(f"  residual of the best linear map Text to Code on held-out rows: {figures['linear_residual_relative']:.3f}")
+    print(f"  {representation.verdict(figures)}")
+
+
 def main():
     args = arguments()
     device, _ = runs.hardware(args.device)
-    model, tokenizer, settings = open_run(args.run, device)
+    model, tokenizer, settings = open_run(args, device)
     limit = model.decoder.config.block_size
     conversations, examples = data.load(args.data, tokenizer, limit, settings.k, args.too_long)
     conversations, examples = conversations[: args.limit], examples[: args.limit]
+    if len(examples) < 4:
+        raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
 
-    answers = answer(model, tokenizer, examples, args, args.run / "predictions.partial.jsonl")
-    golds = [conversation.messages[-1]["content"] for conversation in conversations]
-    users = [conversation.messages[-2]["content"] for conversation in conversations]
+    unfinished = args.run / "predictions.partial.jsonl"
+    answers = answer(model, tokenizer, examples, args, unfinished)
+    users, golds = zip(*([m["content"] for m in c.messages[-2:]] for c in conversations), strict=True)
     rows, shares = rates(answers, golds, users, args)
     encodings = representation.encode(model, examples, args.batch_size)
     figures = representation.report(encodings)
-    ...
+
+    about = {"run": str(args.run), "data": str(args.data), "task": args.task, "n": len(rows), "weights": args.weights}
+    lines = [made | {"text": user, "gold": gold} | row
+             for made, user, gold, row in zip(answers, users, golds, rows, strict=True)]
+    runs.write_text(args.run / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    runs.write_json(args.run / "metrics.json", about | {"rates": shares, "representation": figures})
+    title = f"{args.run.name} on {args.data.name}, n = {len(rows)}, seed {settings.seed}"
+    plots.tsne(encodings["pred"], encodings["code"], title, args.run / "tsne.png")
+    plots.spectrum({args.run.name: encodings}, title, args.run / "spectrum.png")
+    unfinished.unlink()
+    summary(args, shares, figures)
+    print(f"{args.run}: metrics.json, predictions.jsonl, tsne.png and spectrum.png are written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

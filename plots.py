@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,4 +49,39 @@ def losses(runs, path):
             axis.legend()
         if axis.has_data() and axis.dataLim.ymin > 0:
             axis.set_yscale("log")
+    save(figure, path)
+
+
+def tsne(text, code, title, path, most=500):
+    """Pred(Enc(Text)) and Enc(Code), (n, C) each, in two dimensions; a faint line joins the two views of an example."""
+    from sklearn.manifold import TSNE
+
+    n = min(len(text), most)
+    both = np.concatenate([text[:n], code[:n]])
+    both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)  # the loss compares directions
+    points = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=0).fit_transform(both)
+    figure, axis = plt.subplots(figsize=(7, 7))
+    axis.plot(*np.stack([points[:n], points[n:]]).transpose(2, 0, 1), color="#999999", linewidth=0.5, alpha=0.3)
+    axis.scatter(*points[:n].T, s=12, color=COLOURS[0], marker="o", label="Text: Pred(Enc(Text))")
+    axis.scatter(*points[n:].T, s=12, color=COLOURS[1], marker="^", label="Code: Enc(Code)")
+    axis.set(xticks=[], yticks=[], title=title + (f" (first {n} drawn)" if n < len(text) else ""))
+    axis.legend()
+    save(figure, path)
+
+
+def spectrum(runs, title, path):
+    """Singular values of the centred encodings, runs overlaid: {run name: {"text": (n, C), "pred": ..., "code": ...}}."""
+    names = {"text": "Enc(Text)", "pred": "Pred(Enc(Text))", "code": "Enc(Code)"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for axis, (name, label) in zip(axes, names.items(), strict=True):
+        for (run, encodings), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+            x = encodings[name]
+            values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)
+            axis.plot(range(1, len(values) + 1), values, color=colour, label=run)
+        axis.set(xlabel="index", title=label, yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("singular value / sqrt(n)")
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
     save(figure, path)

@@ -1,15 +1,14 @@
-"""What JEPA did to the encodings. In: a model and examples. Out: a dict of figures, and the encodings for the pictures.
+"""What JEPA did to the encodings. In: a model and examples. Out: the encodings, and a dict of figures about them.
 
-Three matrices, one row per example: Text = Enc(Text), Pred = Pred(Enc(Text)), Code = Enc(Code), each read where training
-reads it. A low JEPA loss alone proves nothing: if all encodings point the same way it is zero as well. Hence the
-controls: the cosine of *shuffled* pairs, retrieval, effective rank, and a map that is scored on rows it was not fitted to.
+Three matrices, one row per example: Text = Enc(Text), Pred = Pred(Enc(Text)), Code = Enc(Code), each read where
+training reads it. A low JEPA loss alone proves nothing: if all encodings point the same way it is zero as well. Hence
+the controls: the cosine of *shuffled* pairs, retrieval, effective rank, and a map scored on rows it was not fitted to.
 """
 
 import numpy as np
 import torch
 
 import data
-from jepa import PAD
 
 
 @torch.inference_mode()
@@ -33,7 +32,7 @@ def unit(x):  # (n, C) -> (n, C)
 
 
 def derangement(n, seed=0):
-    """A permutation of n >= 2 that leaves nothing in its place: each element of a random cycle goes to the next one's."""
+    """A permutation of n >= 2 that leaves nothing in its place: each element of a random cycle goes to the next."""
     cycle = np.random.default_rng(seed).permutation(n)
     partner = np.empty(n, dtype=int)
     partner[cycle] = np.roll(cycle, -1)
@@ -66,8 +65,8 @@ def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out 
     """How well the best linear map takes Text to Code.
 
     absolute: min over W of |Text W - Code| (Frobenius), fitted to all rows and scored on them; it shrinks with the
-    encodings themselves. relative: fitted to one half, squared error on the other half over that of predicting the mean,
-    so 0 is perfect and 1 is no better than a constant, however small the encodings are.
+    encodings. relative: fitted to one half, squared error on the other over that of predicting the mean, so that
+    0 is perfect and 1 is no better than a constant, however small the encodings are.
     """
     solve = lambda a, b: np.linalg.lstsq(a, b, rcond=1e-6)[0]  # noqa: E731
     absolute = np.linalg.norm(text @ solve(text, code) - code)
@@ -105,5 +104,5 @@ def verdict(figures):
     if pairwise > 0.95 or rank < 2:
         return f"The encodings have collapsed: all Codes lie in nearly one direction ({numbers})."
     if figures["cosine_gap"] < 0.05:
-        return f"No collapse ({numbers}), but a pair is hardly closer than a shuffled one (gap {figures['cosine_gap']:.2f})."
+        return f"No collapse ({numbers}), but pairs are hardly closer than shuffled ones ({figures['cosine_gap']:.2f})."
     return f"No collapse ({numbers}); pairs are closer than shuffled ones by {figures['cosine_gap']:.2f} in cosine."

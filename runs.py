@@ -16,6 +16,7 @@ import os
 import pickle
 import platform
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,24 @@ import weights
 from cli import UserError
 from jepa import LLMJEPA
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
 PATHS = ("data", "val", "out")  # the settings that are paths
+
+
+def hardware(name="auto", dtype="float32"):
+    """(device, autocast): where to run, and a context in which matrix products run in bfloat16 where that is wanted."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and WORLD > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as failure:
+        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}") from None
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if dtype == "bfloat16" and not has_bf16:
+        raise UserError(f"--dtype bfloat16: {device} has no fast bfloat16; leave the flag out")
+    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16 and dtype != "float32")
 
 
 def create(args):
@@ -48,9 +66,13 @@ def create(args):
         raise UserError(f"--out {args.out}: {failure.strerror}; choose a folder that can be written") from None
 
 
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def data_hashes(args):
     """{"data": sha256 of that file, "val": ... or None}"""
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if (p := getattr(args, n)) else None for n in ("data", "val")}
+    return {"data": sha256(args.data), "val": args.val and sha256(args.val)}
 
 
 def read(run):
@@ -68,10 +90,14 @@ def read(run):
 
 
 def write_json(path, value):
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path, text):
+    """Write a file, whole or not at all."""
+    unfinished = Path(path).with_name(Path(path).name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def save_model(model, folder, source=None, training=None):
@@ -126,8 +152,8 @@ def resume(run):
     return args, folder
 
 
-def restore(folder, optimizer, state, args):
-    """Put optimizer, random state and `state` back as they were, and cut the log back to that step."""
+def restore(folder, optimizer, args):
+    """Put optimizer and random state back as they were, cut the log back to that step; returns (step, best score)."""
     path = Path(folder) / "training.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,10 +165,8 @@ def restore(folder, optimizer, state, args):
         raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on, start another")
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
-    state.update(step=saved["step"], best=saved["best"])
     log = args.out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-    partial = log.with_name("log.jsonl.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, log)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved["step"]]
+    write_text(log, "".join(kept))
+    return saved["step"], saved["best"]

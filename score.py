@@ -223,7 +223,7 @@ TOKEN = re.compile(r"""\[\^?(?:\\.|[^]\\])+] | \{[0-9]+(?:,[0-9]*)?} | \\. | [.*
 REPEAT = {"*": "{0,}", "+": "{1,}", "?": "{0,1}"}
 MAX_REGEX = 400  # characters; the longest of NL-RX-SYNTH has 54
 MAX_STEPS = 1_000_000  # about a second; the hardest real pair met took a tenth
-MAX_STATES = 2_000
+MAX_STATES = 3_000  # pairs of terms; greenery searches its list of states from the start each time
 EMPTY, EPSILON, EVERYTHING = 0, 1, 2  # the numbers of {}, {""} and all strings
 
 

@@ -9,12 +9,14 @@ after the last epoch or Ctrl-C; --resume reads it) and best/ (the weights with t
 Read next: `generate.py` and `eval.py`.
 """
 
+import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +34,15 @@ import weights
 from cli import UserError
 from jepa import DISTANCES, LLMJEPA, PAD
 from model import Config, Decoder
+from runs import RANK, WORLD
 
-HERE = Path(__file__).parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+SYNTH = Path(__file__).parent / "datasets"
 
 
 def arguments():
     p = cli.parser(__doc__)
     add = p.add_argument
-    add("--data", type=Path, default=HERE / "datasets/synth_train.jsonl", help="JSONL of conversations to train on")
+    add("--data", type=Path, default=SYNTH / "synth_train.jsonl", help="JSONL of conversations to train on")
     add("--val", type=Path, help="JSONL to validate on after each epoch; default for the default data: synth_val.jsonl")
     add("--init", default="tiny", help="tiny (from scratch), or a Hugging Face folder or repo id to start from")
     add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what --init comes with, synth for tiny")
@@ -97,8 +99,8 @@ def check(args):
     tiny = args.init == "tiny"
     args.tokenizer = args.tokenizer or ("synth" if tiny else args.init)
     args.lr = args.lr if args.lr is not None else (2e-3 if tiny else 2e-5)
-    if args.val is None and args.data == HERE / "datasets/synth_train.jsonl":
-        args.val = HERE / "datasets/synth_val.jsonl"
+    if args.val is None and args.data == SYNTH / "synth_train.jsonl":
+        args.val = SYNTH / "synth_val.jsonl"
 
 
 def tiny(args, vocab_size):
@@ -107,23 +109,23 @@ def tiny(args, vocab_size):
     return Decoder(Config(vocab_size, args.n_layer, args.n_head, args.d_model, d_ff, block_size=args.block_size))
 
 
-def hardware(args):
-    """(device, autocast): where to run, and a context in which matrix products run in bfloat16 if that is wanted."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and WORLD > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as failure:
-        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}") from None
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if args.dtype == "bfloat16" and not has_bf16:
-        raise UserError(f"--dtype bfloat16: {device} has no fast bfloat16; leave the flag out")
-    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16 and args.dtype != "float32")
-
 # ---- the pieces of the loop
+
+
+@dataclass
+class Run:
+    """What the pieces of the loop share."""
+
+    args: argparse.Namespace
+    model: LLMJEPA
+    tokenizer: tokenizers.Tokenizer
+    examples: list[data.Example]
+    validation: tuple[list, list] | None  # conversations and examples
+    source: Path | None  # the Hugging Face folder that the model came from
+    device: torch.device
+    autocast: Callable  # a context for the forward pass
+    step: int = 0  # optimizer steps done
+    best: list[float] | None = None  # exact match and minus loss of the best validation
 
 
 def learning_rate(step, total, args):
@@ -139,29 +141,27 @@ def learning_rate(step, total, args):
 def make_optimizer(model, args):
     """AdamW. Weight decay pulls on matrices only: not on norms, biases or the [PRED] vectors."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    is_matrix = lambda name, p: p.dim() >= 2 and name != "pred"  # noqa: E731
-    groups = [
-        {"params": [p for name, p in trained if is_matrix(name, p)], "weight_decay": args.weight_decay},
-        {"params": [p for name, p in trained if not is_matrix(name, p)], "weight_decay": 0.0},
-    ]
+    matrices = [p for name, p in trained if p.dim() >= 2 and name != "pred"]
+    others = [p for name, p in trained if p.dim() < 2 or name == "pred"]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     for _, p in trained:  # zeros rather than None: a step without a JEPA term moves all parameters by the same rule
         p.grad = torch.zeros_like(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
 
 
-def losses(model, examples, args, views, device, autocast):
+def losses(run, examples, views):
     """(total, lm, jepa) of one optimizer step's examples, in micro-batches, and the number of tokens processed.
 
     Adds to the gradients if they are on. Each micro-batch gives its share of the means over the whole step, so neither
     batch_size against grad_accum nor the number of processes, which share the micro-batches, changes the result.
     """
-    step, sums, tokens = data.count(examples, views), torch.zeros(3, device=device), 0
+    args, step, sums, tokens = run.args, data.count(examples, views), torch.zeros(3, device=run.device), 0
     chunks = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
     for chunk in chunks[RANK::WORLD] if torch.is_grad_enabled() else chunks:
         batch = data.collate(chunk, args.k, jepa=views)
         tokens += (batch.segment != PAD).sum().item()
-        with autocast():
-            part = model(batch.to(device), args.lam, args.distance, step=step)
+        with run.autocast():
+            part = run.model(batch.to(run.device), args.lam, args.distance, step=step)
         if torch.is_grad_enabled():
             part.total.backward()
         sums += torch.stack(part).detach()
@@ -181,27 +181,50 @@ def share_gradients(model, sums, stop):
 
 
 @torch.no_grad()
-def validate(model, conversations, examples, tokenizer, args, device, autocast):
-    """Losses over all validation rows, and exact match on the first 200, of which a few are printed."""
-    model.eval()
-    by_length = sorted(examples, key=lambda e: len(e.full))
-    total, lm, jepa = losses(model, by_length, args, True, device, autocast)[0].tolist()
+def validate(run):
+    """Losses over all validation rows, and exact match on the first 200, of which three are printed."""
+    conversations, examples = run.validation
+    run.model.eval()
+    (total, lm, jepa), _ = losses(run, sorted(examples, key=lambda e: len(e.full)), views=True)
     sample = examples[:200]
     prompts = [e.full[: e.answer_start] for e in sample]
     budget = max(sum(e.trained) for e in sample) + 8  # a little more than the longest answer needs
-    with autocast():
-        answers = dict(generate.in_batches(model.decoder, prompts, tokenizer.stop, budget, 4 * args.batch_size))
-    model.train()
+    with run.autocast():
+        stop, size = run.tokenizer.stop, 4 * run.args.batch_size
+        answers = dict(generate.in_batches(run.model.decoder, prompts, stop, budget, size))
+    run.model.train()
     exact = 0
     for i, conversation in enumerate(conversations[: len(sample)]):
         question, gold = (message["content"].strip() for message in conversation.messages[-2:])
-        output = tokenizer.decode(answers[i].ids).strip()
+        output = run.tokenizer.decode(answers[i].ids).strip()
         exact += output == gold
         if i < 3:
-            tqdm.write(f"  {question}\n    -> {output}   " + ("(right)" if output == gold else f"(gold: {gold})"))
+            verdict = "right" if output == gold else f"wrong, gold is {gold}"
+            tqdm.write(f"  {question}\n    -> {output}   ({verdict})")
     stopped = sum(answer.stopped for answer in answers.values())
-    n = len(sample)
-    return {"val_lm": lm, "val_jepa": jepa, "val_total": total, "val_exact": exact / n, "val_stop_rate": stopped / n}
+    return {"val_lm": lm.item(), "val_jepa": jepa.item(), "val_total": total.item(),
+            "val_exact": exact / len(sample), "val_stop_rate": stopped / len(sample)}
+
+
+def keep_if_best(run, epoch):
+    """Validate and log; keep the weights as best/ if exact match (on a tie: loss) is better than in earlier epochs."""
+    scores = validate(run)
+    log(run, epoch=epoch + 1, **scores)
+    tqdm.write(
+        f"epoch {epoch + 1}: validation lm {scores['val_lm']:.4f}, jepa {scores['val_jepa']:.4f}, "
+        f"exact match {scores['val_exact']:.1%}, ended by the stop token {scores['val_stop_rate']:.1%}"
+    )
+    rank = [scores["val_exact"], -scores["val_lm"]]
+    if run.best is None or rank > run.best:
+        run.best = rank
+        runs.save_model(run.model, run.args.out / "best", run.source)
+
+
+def log(run, **line):
+    """Append one JSON object to the run's log."""
+    if RANK == 0:
+        with open(run.args.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": run.step, **line}) + "\n")
 
 
 class Interrupt:
@@ -221,121 +244,102 @@ class Interrupt:
 # ---- the loop
 
 
-def fit(model, optimizer, examples, validation, args, state, device, autocast):
-    """Train from state["step"] to the last step, or to Ctrl-C. Returns whether training is complete.
+def fit(run, optimizer):
+    """Train from run.step to the last step, or to Ctrl-C. Returns whether training is complete.
 
     The order of the data, the learning rate and all else are functions of the step, so that a run that was stopped and
     resumed is the run that was not.
     """
-    lengths, size = [len(e.full) for e in examples], args.batch_size * args.grad_accum
-    per_epoch = -(-len(examples) // size)
+    args, model = run.args, run.model
+    lengths, size = [len(e.full) for e in run.examples], args.batch_size * args.grad_accum
+    per_epoch = -(-len(lengths) // size)
     total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
     views = args.lam > 0  # without a JEPA term the other views are not even built
     interrupt, stop = Interrupt(), False
-    while state["step"] < total and not stop:
-        epoch, first = divmod(state["step"], per_epoch)
-        steps = data.order(lengths, size, args.seed, epoch)[first : first + total - state["step"]]
+    while run.step < total and not stop:
+        epoch, first = divmod(run.step, per_epoch)
+        steps = data.order(lengths, size, args.seed, epoch)[first : first + total - run.step]
         bar = tqdm(steps, f"epoch {epoch + 1}/{args.epochs}", unit="step", leave=False, disable=RANK > 0,
                    mininterval=0.2 if sys.stderr.isatty() else 30)
-        clock = time.perf_counter()
         for members in bar:
+            began = time.perf_counter()
             # the learning rate of this step
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state["step"], total, args)
+                group["lr"] = learning_rate(run.step, total, args)
             # forward and backward, in micro-batches
-            sums, tokens = losses(model, [examples[i] for i in members], args, views, device, autocast)
+            sums, tokens = losses(run, [run.examples[i] for i in members], views)
             sums, stop = share_gradients(model, sums, interrupt.wanted)
             # clip, step
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-            state["step"] += 1
+            run.step += 1
             # log
-            if state["step"] % args.log_every == 0 or state["step"] == total:
+            if run.step % args.log_every == 0 or run.step == total:
                 loss, lm, jepa = sums.tolist()
-                speed = round(tokens * WORLD / (time.perf_counter() - clock))
-                rate = optimizer.param_groups[0]["lr"]
-                log(args, step=state["step"], epoch=epoch + 1, lm=lm, jepa=jepa if views else None, total=loss, lr=rate,
-                    grad_norm=norm.item(), tokens_per_s=speed)
+                speed = round(tokens * WORLD / (time.perf_counter() - began))
+                log(run, epoch=epoch + 1, lm=lm, jepa=jepa if views else None, total=loss,
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(), tokens_per_s=speed)
                 bar.set_postfix_str(f"lm {lm:.3f}, jepa {jepa:.3f}, {speed} tokens/s")
-            clock = time.perf_counter()
             if stop:
                 break
         # validate at the end of an epoch, then leave a checkpoint
         if RANK == 0:
-            if validation and (state["step"] % per_epoch == 0 or state["step"] == total):
-                score(model, validation, args, state, epoch, device, autocast)
-            training = state | {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-            runs.save_model(model, args.out / "checkpoint", args.source, training)
+            if run.validation and (run.step % per_epoch == 0 or run.step == total):
+                keep_if_best(run, epoch)
+            state = {"step": run.step, "best": run.best, "random": torch.get_rng_state()}
+            runs.save_model(model, args.out / "checkpoint", run.source, state | {"optimizer": optimizer.state_dict()})
             plots.losses([args.out], args.out / "loss.png")
-    return state["step"] == total
-
-
-def score(model, validation, args, state, epoch, device, autocast):
-    """Validate and log; keep the weights as best/ if exact match (on a tie: loss) is better than in earlier epochs."""
-    scores = validate(model, *validation, args, device, autocast)
-    log(args, step=state["step"], epoch=epoch + 1, **scores)
-    tqdm.write(
-        f"epoch {epoch + 1}/{args.epochs}: validation lm {scores['val_lm']:.4f}, jepa {scores['val_jepa']:.4f}, "
-        f"exact match {scores['val_exact']:.1%}, stopped by itself {scores['val_stop_rate']:.1%}"
-    )
-    rank = [scores["val_exact"], -scores["val_lm"]]
-    if state["best"] is None or rank > state["best"]:
-        state["best"] = rank
-        runs.save_model(model, args.out / "best", args.source)
-
-
-def log(args, **line):
-    """Append one JSON object to the run's log."""
-    if RANK == 0:
-        with open(args.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        stop = stop or interrupt.wanted and WORLD == 1  # Ctrl-C during validation
+    return run.step == total
 
 
 def main():
     args = arguments()
-    folder = None
-    if args.resume:
-        args, folder = runs.resume(args.resume)
-    device, autocast = hardware(args)
+    args, checkpoint = runs.resume(args.resume) if args.resume else (args, None)
+    device, autocast = runs.hardware(args.device, args.dtype)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(args.seed)
     tokenizer = tokenizers.load(args.tokenizer)
-    args.source = None if args.init == "tiny" else args.init
-    if folder:
-        model = runs.load_model(folder)
+    source = None if args.init == "tiny" else weights.fetch(args.init)
+    if checkpoint:
+        model = runs.load_model(checkpoint)
     else:
-        model = LLMJEPA(tiny(args, tokenizer.vocab_size) if args.init == "tiny" else weights.load(args.init), args.k)
-    if tokenizer.vocab_size > model.decoder.config.vocab_size:
+        model = LLMJEPA(weights.load(source) if source else tiny(args, tokenizer.vocab_size), args.k)
+    config = model.decoder.config
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding only "
-                        f"{model.decoder.config.vocab_size}; choose the model's own --tokenizer")
-    read = partial(data.load, tokenizer=tokenizer, limit=model.decoder.config.block_size, k=args.k)
-    conversations, examples = read(args.data, too_long=args.too_long)
-    validation = (*read(args.val, too_long=args.too_long), tokenizer) if args.val else None
+                        f"{config.vocab_size}; choose the model's own --tokenizer")
+    read = partial(data.load, tokenizer=tokenizer, limit=config.block_size, k=args.k, too_long=args.too_long)
+    _, examples = read(args.data)
+    validation = read(args.val) if args.val else None
 
     model.to(device).train()
     if args.compile:
         for block in model.decoder.blocks:
             block.compile(dynamic=True)
+    run = Run(args, model, tokenizer, examples, validation, source, device, autocast)
     optimizer = make_optimizer(model, args)
-    state = {"step": 0, "best": None}
-    if folder:
-        runs.restore(folder, optimizer, state, args)
+    if checkpoint:
+        run.step, run.best = runs.restore(checkpoint, optimizer, args)
     elif RANK == 0:
         runs.create(args)
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
-        print(f"{args.out}: {size:,} parameters, {len(examples):,} rows, on {device}, from step {state['step']}")
-    done = fit(model, optimizer, examples, validation, args, state, device, autocast)
+        print(f"{args.out}: {size:,} parameters, {len(examples):,} rows, on {device}, from step {run.step}", flush=True)
+
+    done = fit(run, optimizer)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not done:
-        print(f"stopped after step {state['step']}; go on with: python train.py --resume {args.out}", file=sys.stderr)
+        print(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}", file=sys.stderr)
+    if not done:
         sys.exit(130)
     if RANK == 0:
-        print(f"{args.out} holds the run. Evaluate it: python eval.py {args.out} --data {args.val or 'TEST.jsonl'}")
+        print(f"{args.out} holds the run; see loss.png there. Evaluate it on data that it has not seen:\n"
+              f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if args.data.parent == SYNTH else 'FILE'}")
 
 
 if __name__ == "__main__":

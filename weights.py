@@ -88,8 +88,27 @@ FAMILIES = {  # model_type: what its code fixes, whatever config.json says
     "gemma3_text": {"post_norm": True, "qk_norm": "head", **GEMMA},
     "phi": {"norm": "layer", "parallel": True, "gated": False, "head_bias": True, **BIASES},
 }
+UNSUPPORTED = {  # families that one might expect here
+    "openelm": "its layers differ in their number of heads and inner width, and a Config has one of each",
+    "gemma3": "it reads images too; only the text models, gemma3_text, are supported",
+}
+GPT2_SIZES = {  # config.json's name: ours
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+    "n_positions": "block_size",
+}
+LLAMA_SIZES = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "max_position_embeddings": "block_size",
+}
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 HARMLESS = set(  # config.json fields that leave the logits of a model in eval mode alone
     """architectures torch_dtype dtype transformers_version _name_or_path name_or_path model_name use_cache
@@ -218,10 +237,16 @@ class Fields:
             good = type(value) in (int, float) and 0 < value < math.inf
         else:
             good = isinstance(value, kind)
-        return value if good else self.refuse(f"{name} = {value!r} should be a (positive) {kind.__name__}")
+        if not good:
+            self.refuse(f"{name} = {value!r} should be a {'positive ' * (kind in (int, float))}{kind.__name__}")
+        return value
 
-    def choose(self, name, value, known):
-        return known[value] if value in known else self.refuse(f"{name} {value!r} is not supported: {', '.join(known)}")
+    def choose(self, name, known):
+        """Take a field that must be one of the keys of `known`; what stands there."""
+        value = self.take(name, str)
+        if value not in known:
+            self.refuse(f"{name} {value!r} is not supported; these are: {', '.join(known)}")
+        return known[value]
 
     def done(self):
         for name, value in self.values.items():
@@ -232,9 +257,10 @@ class Fields:
 def _parse(values, path):
     """config.json -> Config. Every field is honoured, known to be harmless, or refused."""
     f = Fields(values, path)
-    family = f.take("model_type", str)
-    fixed = f.choose("model_type", family, FAMILIES)
-    values = fixed | (_gpt2(f) if family == "gpt2" else _llama_like(f, family))
+    family = values.get("model_type")
+    if family in UNSUPPORTED:
+        f.refuse(f"model_type {family!r} is not supported: {UNSUPPORTED[family]}")
+    values = f.choose("model_type", FAMILIES) | (_gpt2(f) if family == "gpt2" else _llama_like(f, family))
     f.done()
     heads, kv_heads, width = values["n_head"], values.get("n_kv_head") or values["n_head"], values["d_model"]
     if heads % kv_heads or (width % heads and not values.get("head_dim")):
@@ -246,17 +272,12 @@ def _parse(values, path):
 
 
 def _gpt2(f):
-    width = f.take("n_embd", int)
-    return {
-        "vocab_size": f.take("vocab_size", int),
-        "n_layer": f.take("n_layer", int),
-        "n_head": f.take("n_head", int),
-        "d_model": width,
-        "d_ff": f.take("n_inner", int, None) or 4 * width,
-        "block_size": f.take("n_positions", int),
+    values = {ours: f.take(theirs, int) for theirs, ours in GPT2_SIZES.items()}
+    return values | {
+        "d_ff": f.take("n_inner", int, None) or 4 * values["d_model"],
         "tied": f.take("tie_word_embeddings", bool, True),
         "norm_eps": f.take("layer_norm_epsilon", float),
-        "activation": f.choose("activation_function", f.take("activation_function", str), ACTIVATIONS),
+        "activation": f.choose("activation_function", ACTIVATIONS),
         "attn_scale": None if f.take("scale_attn_weights", bool, True) else 1.0,
     }
 
@@ -265,25 +286,18 @@ def _llama_like(f, family):
     """Defaults are those of the family's own code, and only for fields that real checkpoints leave out."""
     phi, gemma, late_gemma = family == "phi", family.startswith("gemma"), family in ("gemma2", "gemma3_text")
     kv_default = None if family in ("llama", "olmo2", "phi") else NEEDED  # None: as many as query heads
-    values = {
-        "vocab_size": f.take("vocab_size", int),
-        "n_layer": f.take("num_hidden_layers", int),
-        "n_head": f.take("num_attention_heads", int),
+    values = {ours: f.take(theirs, int) for theirs, ours in LLAMA_SIZES.items()} | {
         "n_kv_head": f.take("num_key_value_heads", int, kv_default, null=True),
         "head_dim": f.take("head_dim", int, NEEDED if gemma or family == "qwen3" else None),
-        "d_model": f.take("hidden_size", int),
-        "d_ff": f.take("intermediate_size", int),
-        "block_size": f.take("max_position_embeddings", int),
         "tied": f.take("tie_word_embeddings", bool, gemma),
         "norm_eps": f.take("layer_norm_eps" if phi else "rms_norm_eps", float),
     }
     values |= _rope(f, family) | _windows(f, family, values["n_layer"])
     field, twin = ("hidden_activation", "hidden_act") if late_gemma else ("hidden_act", "hidden_activation")
-    name = f.take(field, str)
-    if gemma and f.take(twin, str, None) not in (None, name, "gelu_pytorch_tanh"):
+    legacy = {"gelu": "gelu_tanh"} if family == "gemma" else {}  # what Gemma's first release meant
+    values["activation"] = f.choose(field, ACTIVATIONS | legacy)
+    if gemma and ACTIVATIONS.get(f.take(twin, str, None), "gelu_tanh") != values["activation"]:
         f.refuse("hidden_act and hidden_activation differ")
-    name = "gelu_pytorch_tanh" if (family, name) == ("gemma", "gelu") else name  # what Gemma's first release meant
-    values["activation"] = f.choose(field, name, ACTIVATIONS)
     if family in ("llama", "qwen3", "olmo2") or gemma:
         values["qkv_bias"] = values["out_bias"] = f.take("attention_bias", bool, False)
     if family == "llama":
@@ -367,34 +381,29 @@ def _windows(f, family, n_layer):
 
 def _describe(config):
     """The reverse of `_parse`, for a Decoder made from scratch in the style of GPT-2 or Llama."""
-    c, activation = config, {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
-    fields = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "torch_dtype": "float32"}
-    fields |= {"bos_token_id": None, "eos_token_id": None}  # transformers would otherwise put in another vocabulary's
-    if c.position == "learned":
-        sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.d_model, "n_inner": c.d_ff}
-        fields |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes, "n_positions": c.block_size}
-        return fields | {"activation_function": activation, "layer_norm_epsilon": c.norm_eps}
-    scaling = c.rope_scaling and dict(c.rope_scaling)
-    if scaling:
-        scaling["rope_type"] = scaling.pop("type")
-        if "original_block_size" in scaling:
-            scaling["original_max_position_embeddings"] = scaling.pop("original_block_size")
+    c, gpt2 = config, config.position == "learned"
+    fields = {
+        "model_type": "gpt2" if gpt2 else "llama",
+        "architectures": ["GPT2LMHeadModel" if gpt2 else "LlamaForCausalLM"],
+        "torch_dtype": "float32",
+        "tie_word_embeddings": c.tied,
+        "bos_token_id": None,  # transformers would otherwise fill in another vocabulary's
+        "eos_token_id": None,
+    }
+    fields |= {theirs: getattr(c, ours) for theirs, ours in (GPT2_SIZES if gpt2 else LLAMA_SIZES).items()}
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[c.activation]
+    if gpt2:
+        return fields | {"n_inner": c.d_ff, "activation_function": activation, "layer_norm_epsilon": c.norm_eps}
+    renamed = {"type": "rope_type", "original_block_size": "original_max_position_embeddings"}
     return fields | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head,
         "head_dim": c.head_dim,
-        "max_position_embeddings": c.block_size,
         "rms_norm_eps": c.norm_eps,
         "hidden_act": activation,
         "attention_bias": c.qkv_bias,
         "mlp_bias": c.mlp_bias,
         "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": c.rope_scaling and {renamed.get(name, name): value for name, value in c.rope_scaling.items()},
     }
 
 
@@ -429,7 +438,7 @@ def _transposed(theirs):
 
 
 def _convert(tensor, theirs, ours, wanted, where):
-    """One of their tensors -> {our name: fp32 tensor}; a copy, so that the file can be let go."""
+    """One of their tensors -> {our name: fp32 tensor}."""
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"{where} holds {tensor.dtype}; only float32, float16 and bfloat16 weights are supported")
     rows = [wanted[name].shape[0] for name in ours]
@@ -438,8 +447,7 @@ def _convert(tensor, theirs, ours, wanted, where):
     if tensor.shape != shape:
         raise UserError(f"{where} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(shape)}")
     pieces = (tensor.t() if _transposed(theirs) else tensor).split(rows)
-    exact = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
-    return {name: piece.to(**exact) for name, piece in zip(ours, pieces, strict=True)}
+    return {name: piece.float().contiguous() for name, piece in zip(ours, pieces, strict=True)}
 
 
 def _json(path):
@@ -470,15 +478,15 @@ def _files(folder):
 
 
 def _tensors(folder):
-    """Name, tensor as stored, file: for every tensor of a folder, one at a time."""
+    """Name, tensor as stored, file: for every tensor of a folder, one at a time, so that memory holds little twice."""
     for file in _files(folder):
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, "pt") as opened:
-                    names = list(opened.keys())
-                for name in names:  # opened anew each time: pages of the file already read then do not pile up
-                    with safe_open(file, "pt") as opened:
-                        tensor = opened.get_tensor(name)
+                    sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}
+                for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
+                    with safe_open(file, "pt") as opened:  # anew each time, or pages of the file would pile up
+                        tensor = opened.get_tensor(name).clone()
                     yield name, tensor, file
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: damaged, or not a safetensors file: {error}") from error

@@ -427,7 +427,7 @@ def main():
         lines = {name: "".join(to_line(*row) for row in rows) for name, rows in splits.items()}
         write({paths[name]: text.encode() for name, text in lines.items()}, args.force)
     except OSError as failure:
-        fail(f"{failure.filename}: {failure.strerror}; give another path")
+        fail(f"{failure.filename or args.out}: {failure.strerror}; give another path")
     for name, path in paths.items():
         print(f"{path}: {len(splits[name]):,} rows")
 

@@ -1,4 +1,4 @@
-"""Toy decoders and examples that the tests share. Every parameter is random, norms and biases too: none can go unnoticed."""
+"""Toy decoders and examples that the tests share. Every parameter is random, norms and biases too."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import data
 import jepa
-from jepa import ANSWER, CODE, PAD, PRED, TEXT, LLMJEPA
+from jepa import ANSWER, CODE, LLMJEPA, PAD, PRED, TEXT
 
 PICTURE = """
     T T T A A P P C C - -
@@ -39,7 +39,7 @@ def backward(model, total):
 
 
 def three_passes(model, examples, lam):
-    """The naive reference: each view alone, in a forward pass of its own, with a mask and positions written out here."""
+    """The naive reference: each view alone, in a forward pass of its own, with mask and positions written out here."""
 
     def states(embeds):
         n = embeds.shape[0]
@@ -191,7 +191,7 @@ def test_positions_restart_for_code(style, examples):
 
 
 def test_stop_grad_keeps_the_gradient_out_of_one_view(decoder, examples):
-    """Only [PRED] -> Text's gradient reaches .pred; with "text" stopped it gets none, with "code" stopped it gets it."""
+    """.pred belongs to Text's view: with "text" stopped it gets no gradient, with "code" stopped it does."""
     model = LLMJEPA(decoder, 1)
     batch = data.collate(examples, 1)
     for name, reached in (("none", True), ("code", True), ("text", False)):
