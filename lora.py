@@ -3,8 +3,9 @@
 Hu et al., arXiv 2106.09685, section 4.1: W x becomes W x + (alpha / rank) B A x, where A (rank, in) is drawn at random
 and B (out, rank) starts at zero, so that training begins at the pretrained model. Only A and B are trained.
 
-`add` puts adapters into a `Decoder`, `merge` folds them into its weights for export with `weights.save`; `save` and
-`load` keep the adapters alone, in a file of a few megabytes. [PRED] vectors live outside the decoder and stay trainable.
+`add` puts adapters into a `Decoder`; `merge` folds them into its weights, for export with `weights.save`; `save` and
+`load` keep the adapters alone, a few megabytes. The [PRED] vectors live outside the decoder: they stay trainable.
+Next: `train.py`, which has one flag for this.
 """
 
 import math
@@ -27,7 +28,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        self.base, self.alpha, self.scale, self.dropout = base, alpha, alpha / rank, dropout
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.a = nn.Parameter(torch.randn(rank, base.in_features, **like) / math.sqrt(base.in_features))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
@@ -47,6 +48,7 @@ def _places(decoder, kind):
 
 def add(decoder, rank, alpha=None, dropout=0.0):
     """Freeze the decoder and give every projection an adapter, in place. alpha None: rank, a scale of 1."""
+    assert rank > 0, "an adapter needs a rank of at least 1"
     assert not list(_places(decoder, Adapted)), "this decoder has adapters already: merge them first"
     decoder.requires_grad_(False)
     for parent, name, layer, _ in _places(decoder, nn.Linear):
@@ -68,12 +70,12 @@ def state(decoder):
 
 
 def save(decoder, path):
-    """Write the adapters alone; alpha / rank goes along as metadata."""
+    """Write the adapters alone; alpha goes along as metadata."""
     path, adapters = Path(path), [layer for _, _, layer, _ in _places(decoder, Adapted)]
     assert adapters, "this decoder has no adapters"
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state(decoder).items()}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"format": "pt", "scale": repr(adapters[0].scale)})
+    save_file(tensors, part, metadata={"format": "pt", "alpha": repr(adapters[0].alpha)})
     os.replace(part, path)
 
 
@@ -82,16 +84,15 @@ def load(decoder, path, dropout=0.0):
     """Add the adapters that `save` wrote to a decoder without any, in place."""
     try:
         with safe_open(path, "pt") as file:
-            saved, scale = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["scale"])
-            rank = next(tensor.shape[0] for name, tensor in saved.items() if name.endswith(".a"))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, StopIteration) as error:
-        raise UserError(f"{path}: no adapters that can be read ({error})") from error
-    add(decoder, rank, rank * scale, dropout)
+            saved, alpha = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["alpha"])
+        rank = len(saved["blocks.0.attn.q_proj.a"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a file of adapters, or damaged ({error})") from error
+    add(decoder, rank, alpha, dropout)
     wanted = state(decoder)
     for name in sorted(saved.keys() | wanted.keys()):
-        if name not in wanted or name not in saved or saved[name].shape != wanted[name].shape:
-            merge(decoder)  # B is still zero: the decoder is as it was
-            raise UserError(f"{path}: {name} does not fit this decoder; load the adapters into the one they were trained on")
-        
+        if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape:
+            merge(decoder)  # B is still zero: this leaves the decoder as it was
+            raise UserError(f"{path}: {name} is not as this decoder needs it; the adapters are another model's")
     for name, tensor in wanted.items():
         tensor.copy_(saved[name])

@@ -222,7 +222,7 @@ TOKEN = re.compile(r"""\[\^?(?:\\.|[^]\\])+] | \{[0-9]+(?:,[0-9]*)?} | \\. | [.*
                    re.VERBOSE | re.DOTALL)
 REPEAT = {"*": "{0,}", "+": "{1,}", "?": "{0,1}"}
 MAX_REGEX = 400  # characters; the longest of NL-RX-SYNTH has 54
-MAX_STEPS = 1_000_000  # about a second; the hardest real pair met took a tenth
+MAX_STEPS = 1_000_000  # a second or two; the hardest real pair met took a sixth of them
 MAX_STATES = 3_000  # pairs of terms; greenery searches its list of states from the start each time
 EMPTY, EPSILON, EVERYTHING = 0, 1, 2  # the numbers of {}, {""} and all strings
 
@@ -294,7 +294,8 @@ class Languages:
         return part if (low, high) == (1, 1) else self.number(low == 0, "repeat", part, low, high)
 
     def derivative(self, number, symbol):
-        """What follows SYMBOL, a class of characters that are alike to all letters, in the strings of NUMBER."""
+        """What follows SYMBOL, a set of characters that are alike to all letters, in the strings of NUMBER."""
+        self.pay(1)
         known = self.derivatives.get((number, symbol))
         if known is not None:
             return known
@@ -319,11 +320,13 @@ class Languages:
         """Walk both languages at once: equal, if no pair of terms reached has the empty string in just one of them."""
         from greenery.charclass import DOT, repartition
         from greenery.fsm import crawl
-        self.symbols = repartition({DOT, *(term[1] for term in self.terms if term[0] == "letter")})
+        pieces = repartition({DOT, *(term[1] for term in self.terms if term[0] == "letter")})
+        index = {piece: i for i, piece in enumerate(pieces[DOT])}
+        self.symbols = {letter: {index[piece] for piece in its_pieces} for letter, its_pieces in pieces.items()}
         seen = set()
 
-        def follow(pair, symbol):
-            following = tuple(self.derivative(number, symbol) for number in pair)
+        def follow(pair, piece):
+            following = tuple(self.derivative(number, index[piece]) for number in pair)
             seen.add(following)
             self.pay(1 if len(seen) <= MAX_STATES else MAX_STEPS)
             return following
@@ -331,7 +334,7 @@ class Languages:
         def differs(pair):
             return self.nullable[pair[0]] != self.nullable[pair[1]]
 
-        return crawl(self.symbols[DOT], (one, other), differs, follow).empty()
+        return crawl(index, (one, other), differs, follow).empty()
 
 
 def charclass(token):

@@ -1,0 +1,235 @@
+"""The loop: a task learnt, runs resumed, micro-batches and processes that change nothing, mistakes told in one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import cli
+import train as train_script
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
+
+
+def run(*command, **options):
+    """A script of this repository, run as a user would."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, **options)
+
+
+def train(out, *flags):
+    done = run("train.py", "--out", out, *flags)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def toy_rows(path, n, seed=0):
+    """Conversations of which the answer is the question's letters in capitals."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        word = draw.choices("abcdefgh", k=3)
+        turns = [{"role": "user", "content": " ".join(word)}, {"role": "assistant", "content": " ".join(word).upper()}]
+        rows.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A training file of 22 rows (6 steps of 4 per epoch, the last one short) and a validation file."""
+    folder = tmp_path_factory.mktemp("toy")
+    return ["--data", toy_rows(folder / "train.jsonl", 22), "--val", toy_rows(folder / "val.jsonl", 5, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def straight(toy, tmp_path_factory):
+    """The run that the others are compared with."""
+    return train(tmp_path_factory.mktemp("runs") / "straight", *toy, *SMALL)
+
+
+def state(run):
+    """Weights, [PRED] vectors and the optimizer's moments of a run's last checkpoint."""
+    saved = torch.load(run / "checkpoint/training.pt", weights_only=True)
+    tensors = load_file(run / "checkpoint/model.safetensors") | load_file(run / "checkpoint/pred.safetensors")
+    moments = {f"{i}.{k}": v for i, s in saved["optimizer"]["state"].items() for k, v in s.items()}
+    return tensors | moments | {"step": torch.tensor(saved["step"])}
+
+
+def log(run):
+    """Lines of the log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize("lam", ["0", "1"])
+def test_a_toy_task_is_learnt(tmp_path, lam):
+    """From nothing to >= 90 % exact match on rows not seen in training, with and without the JEPA term."""
+    flags = ["--data", toy_rows(tmp_path / "train.jsonl", 1000), "--val", toy_rows(tmp_path / "val.jsonl", 100, seed=1),
+             "--n_layer", "2", "--n_head", "2", "--d_model", "64", "--lam", lam, "--epochs", "8", "--lr", "4e-3"]
+    lines = log(train(tmp_path / "run", *flags))
+    scores = [line for line in lines if "val_exact" in line]
+    assert len(scores) == 8 and scores[-1]["val_exact"] >= 0.9 and scores[-1]["val_stop_rate"] >= 0.9
+    jepa = [line["jepa"] for line in lines if "jepa" in line]
+    assert all(value is None for value in jepa) if lam == "0" else all(value is not None for value in jepa)
+
+
+def test_a_run_folder_is_complete(straight, toy):
+    names = {path.name for path in straight.iterdir()}
+    assert names == {"config.json", "log.jsonl", "loss.png", "checkpoint", "best"}
+    config = json.loads((straight / "config.json").read_text())
+    assert config["arguments"]["lam"] == 1.0 and len(config["sha256"]["data"]) == 64
+    lines = log(straight)
+    assert [line["step"] for line in lines if "lm" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "val_lm" in line] == [6, 12]
+    assert (straight / "loss.png").read_bytes().startswith(b"\x89PNG")
+    pred = load_file(straight / "checkpoint/pred.safetensors")["pred"]
+    vocabulary = load_file(straight / "checkpoint/model.safetensors")["model.embed_tokens.weight"]
+    assert pred.shape == (1, 32) and vocabulary.shape == (512, 32)  # [PRED] is not a row of the vocabulary
+
+
+# ---- one result, however it was computed
+
+
+def test_micro_batches_change_nothing(toy, straight, tmp_path):
+    """4 x 1 accumulation equals 1 x 4, over a whole run."""
+    flags = [{"4": "1"}.get(flag, flag) for flag in SMALL] + ["--grad_accum", "4"]
+    assert_close(state(train(tmp_path / "run", *toy, *flags)), state(straight), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_equal_one(toy, tmp_path):
+    """Under torchrun two processes share the micro-batches of a step; some steps leave one of them without any."""
+    flags = [*toy, *SMALL, "--grad_accum", "3", "--max_steps", "4"]
+    alone = train(tmp_path / "alone", *flags)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run(*torchrun, "train.py", "--out", tmp_path / "both", *flags)
+    assert done.returncode == 0, done.stderr
+    assert_close(state(tmp_path / "both"), state(alone), rtol=1e-4, atol=1e-5)
+    loss = lambda folder: [line["total"] for line in log(folder) if "total" in line]  # noqa: E731
+    assert_close(loss(tmp_path / "both"), loss(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(toy, straight, tmp_path, how):
+    """Bit for bit: weights, optimizer, log. Ctrl-C leaves a checkpoint at its step, a kill that of the last epoch."""
+    out, command = tmp_path / "run", [sys.executable, "train.py", "--out", tmp_path / "run", *toy, *SMALL]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    wanted = 2 if how == signal.SIGINT else 8  # lines of the log; an epoch is 6 steps and a validation
+    while process.poll() is None and (not (out / "log.jsonl").exists() or
+                                      (out / "log.jsonl").read_text().count("\n") < wanted):
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -how), "it must be caught in mid-run"
+    if how == signal.SIGINT:
+        assert b"--resume" in errors
+    before = torch.load(out / "checkpoint/training.pt", weights_only=True)["step"]
+    assert 0 < before < 12
+    resumed = run("train.py", "--resume", out)
+    assert resumed.returncode == 0 and f"from step {before}" in resumed.stdout, resumed.stderr
+    assert_close(state(out), state(straight), rtol=0, atol=0)
+    assert log(out) == log(straight)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    (["--k", "-1"], "--k -1"),
+    (["--lam", "-0.5"], "--lam -0.5"),
+    (["--lam", "nan"], "--lam nan"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--lam", "two"], "invalid float value: 'two'"),
+    (["--lama", "2"], "--lama"),
+    (["--d_model", "30"], "--d_model 30"),
+    (["--tokenizer", "nonsense"], "nonsense"),
+    (["--init", "nowhere/at-all/nothing"], "nowhere/at-all/nothing"),
+    (["--device", "toaster"], "--device toaster"),
+    (["--block_size", "5"], "train.jsonl:1: needs"),
+    (["--resume", "nowhere"], "nowhere: no run here"),
+])
+def test_a_mistake_is_one_line_and_leaves_nothing(toy, tmp_path, refused, flags, complaint):
+    out = [] if "--resume" in flags else ["--out", tmp_path / "run", *toy, *SMALL]
+    assert complaint in refused(*out, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls train.py's main as the command does, and returns the one line that it ended with."""
+
+    def call(*flags, main=train_script.main):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
+        return message
+
+    return call
+
+
+def test_as_a_program_a_mistake_ends_with_exit_code_2(tmp_path):
+    done = run("train.py", "--out", tmp_path / "run", "--data", tmp_path / "nowhere.jsonl")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_another_run_is_never_touched(toy, straight, refused):
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    assert "already holds a run" in refused("--out", straight, *toy, *SMALL)
+    assert before == {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+
+
+def test_an_unwritable_out_is_refused(toy, tmp_path, refused):
+    (tmp_path / "file").write_text("in the way")
+    assert "file/run" in refused("--out", tmp_path / "file/run", *toy, *SMALL)
+
+
+def test_resume_refuses_other_flags_and_what_does_not_fit(straight, tmp_path, refused):
+    assert "leave out --lam" in refused("--resume", straight, "--lam", "3")
+    copy = Path(shutil.copytree(straight, tmp_path / "copy"))
+    save_file({"pred": torch.zeros(1, 48)}, copy / "checkpoint/pred.safetensors")
+    assert "pred has shape [1, 48]" in refused("--resume", copy)
+    save_file({"pred": torch.zeros(2, 32)}, copy / "checkpoint/pred.safetensors")
+    assert "another shape" in refused("--resume", copy)
+    (copy / "checkpoint/training.pt").write_bytes(b"not a checkpoint")
+    save_file({"pred": torch.zeros(1, 32)}, copy / "checkpoint/pred.safetensors")
+    assert "training.pt: cannot be read" in refused("--resume", copy)
+
+
+def test_a_checkpoint_cannot_run_code(straight, tmp_path, refused):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "it ran",))
+
+    copy = Path(shutil.copytree(straight, tmp_path / "copy"))
+    torch.save({"step": Evil()}, copy / "checkpoint/training.pt")
+    assert "training.pt: cannot be read" in refused("--resume", copy)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_resume_refuses_changed_data(straight, tmp_path, refused):
+    copy = Path(shutil.copytree(straight, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["arguments"]["data"] = str(toy_rows(tmp_path / "other.jsonl", 9))
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "has changed since" in refused("--resume", copy)
