@@ -27,6 +27,9 @@ from jepa import ANSWER, CODE, PAD, PRED, TEXT, mask
 class Conversation:
     messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]; the last is the answer
     where: str  # "file:line"
+    text: list[dict] | None = None  # views of the row's own, as turns; None: the user's part and the answer
+    code: list[dict] | None = None
+    group: str | int | None = None  # rows of one group are paraphrases: each has the next one as its Code
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Example:
     code: list[int]  # the answer alone
     text_start: int = 0  # where the user's content begins inside `text`
     answer_start: int = 0  # where the answer begins inside `full`: full[:answer_start] is the prompt
+    own_text: bool = False  # `text` came with the row and is not the TEXT inside `full`: needs the paper layout
 
 
 class Batch(NamedTuple):
@@ -57,7 +61,13 @@ class Batch(NamedTuple):
 
 
 def read(path):
-    """The conversations of a JSONL file. Raises UserError naming file and line."""
+    """The conversations of a JSONL file. Raises UserError naming file and line.
+
+    A row is {"messages": [turns]}, the last turn an answer. Besides, it may have "text" and "code", views of its own
+    (a string, or turns): the views are encoded, `messages` is the conversation. {"text": ..., "code": ...} alone
+    is a question and its answer, {"text": ...} alone is plain text, to be trained on with train_on="all". Rows of
+    plain text or of a user turn alone that share a "group" are paraphrases of one another.
+    """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -66,7 +76,17 @@ def read(path):
     rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: the file has no rows")
-    return [_conversation(line, where) for where, line in rows]
+    conversations = [_conversation(line, where) for where, line in rows]
+    groups = {}
+    for conversation in conversations:
+        if conversation.group is not None:
+            groups.setdefault(conversation.group, []).append(conversation)
+    for group, members in groups.items():
+        if len(members) < 2:
+            raise UserError(f"{members[0].where}: no other row has the group {group!r}; a paraphrase needs a partner")
+        for member, partner in zip(members, members[1:] + members[:1], strict=True):
+            member.code = partner.messages[-1:]
+    return conversations
 
 
 def _conversation(line, where):
@@ -76,17 +96,35 @@ def _conversation(line, where):
         raise UserError(f"{where}: not UTF-8 (byte {failure.start} of the line); save the file as UTF-8") from None
     except (ValueError, RecursionError) as failure:
         raise UserError(f"{where}: not JSON ({failure}); each line must be one JSON object") from None
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+    if not isinstance(row, dict) or not (isinstance(row.get("messages"), list) or isinstance(row.get("text"), str)):
         raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content"')
-    messages = [_message(message, where) for message in row["messages"]]
+    text, code = (_turns(row[name], role, where) if name in row else None for name, role in VIEWS.items())
+    if "messages" not in row:
+        return Conversation(text + (code or []), where, group=row.get("group"))
+    if (text is None) != (code is None):
+        raise UserError(f'{where}: has one of "text" and "code"; give both views, or neither')
+    messages = _turns(row["messages"], None, where)
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+    pairs = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != (pairs + ["user"] if "group" in row else pairs):
         raise UserError(f"{where}: roles are {roles}; wanted: system (optional), then user, assistant in turn")
+    return Conversation(messages, where, text, code, row.get("group"))
+
+
+VIEWS = {"text": "user", "code": "assistant"}  # who says a view that is given as a string
+
+
+def _turns(value, role, where):
+    """Turns of a conversation or a view; the last user's and the last assistant's must not be empty."""
+    messages = [{"role": role, "content": value}] if role and isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages and role:
+        raise UserError(f'{where}: a view must be a string or a list of turns with "role" and "content"')
+    messages = [_message(message, where) for message in messages]
     for message in messages[-2:]:
-        if not message["content"].strip():
+        if message["role"] != "system" and not message["content"].strip():
             raise UserError(f"{where}: the {message['role']}'s last turn is empty; nothing can be learnt from it")
-    return Conversation(messages, where)
+    return messages
 
 
 def _message(message, where):
@@ -107,27 +145,37 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
     stop_label=False takes the target off every stop token, as the official code does by accident.
     """
     messages, last = conversation.messages, len(conversation.messages) - 1
+    answered = messages[last]["role"] == "assistant"
+    question = last - 1 if answered else last
+    if not answered and train_on == "answer":
+        raise UserError(f"{conversation.where}: plain text has no answer to train on; use --train_on all")
     full, trained, start, end = [], [], {}, {}
     for ids, turn in tokenizer.chat(messages):
         if turn is not None:
             start[turn], end[turn] = len(full), len(full) + len(ids)
         full += ids
         trained += [turn == last] * len(ids)
-    if full[end[last] : end[last] + 1] != [tokenizer.stop]:
-        raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
-    trained[end[last]] = True
+    if answered:
+        if full[end[last] : end[last] + 1] != [tokenizer.stop]:
+            raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
+        trained[end[last]] = True
     if train_on == "all":
         trained = [False] + [True] * (len(full) - 1)
     if not stop_label:
         trained = [target and token != tokenizer.stop for token, target in zip(full, trained, strict=True)]
-    text, text_start = _view(tokenizer, [m for m in messages[:last] if m["role"] != "system"])
-    code, _ = _view(tokenizer, messages[last:])
-    return Example(full, trained, end[last - 1], text, code, text_start, start[last])
+    asked = [message for message in messages[: question + 1] if message["role"] != "system"]
+    text, text_start = _view(tokenizer, conversation.text or asked)
+    code, _ = _view(tokenizer, conversation.code or messages[question + 1 :])
+    answer_start = start[last] if answered else len(full)
+    own_text = conversation.text is not None
+    return Example(full, trained, end[question], text, code, text_start, answer_start, own_text)
 
 
 def _view(tokenizer, messages):
-    """ids of these turns up to the end of the last one's content, and where that content begins."""
+    """ids of these turns up to the end of the last one's content, and where that content begins. No turns: no ids."""
     ids = []
+    if not messages:
+        return ids, 0
     for piece in tokenizer.chat(messages):
         ids = ids + piece.ids
         if piece.turn == len(messages) - 1:
@@ -177,6 +225,19 @@ def order(lengths, size, seed, epoch, window=64):
     return [steps[i] for i in random.permutation(len(steps))]
 
 
+def derangement(n, *seed):
+    """A random permutation of n >= 2 that leaves nothing in its place: along a random cycle, each goes to the next."""
+    cycle = np.random.default_rng(seed).permutation(n)
+    partner = np.empty(n, dtype=int)
+    partner[cycle] = np.roll(cycle, -1)
+    return partner.tolist()
+
+
+def dropped(probability, seed, step):
+    """Does JEPA-loss dropout drop the other views of this optimizer step? A function of (seed, step)."""
+    return np.random.default_rng([seed, step, 1]).random() < probability
+
+
 class Row:
     """One row under construction: columns of (id, segment, position, label)."""
 
@@ -201,6 +262,7 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     """
     assert layout in ("fused", "paper"), f"layout {layout!r} is neither fused nor paper"
     assert not (front_pred and layout == "fused"), "front_pred would let ANSWER see PRED: it needs the paper layout"
+    assert not (front_pred and reverse), "front_pred puts PRED into Text, reverse behind Code: choose one"
     pred = [-1 - i for i in range(k)]
     rows, text_at, code_at = [], [], []
     for e in examples:
@@ -212,6 +274,8 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
         row.add(e.full[e.text_end :], ANSWER, start=e.text_end, label=target[e.text_end :])
         if not jepa:
             continue
+        assert e.code, "an example without Code has no views to compare: jepa must be False"
+        assert layout == "paper" or not e.own_text, "an example with a text view of its own needs the paper layout"
         text_length = e.text_end
         if layout == "paper":
             row, text_length = Row(), len(e.text)

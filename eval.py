@@ -137,7 +137,10 @@ def main():
     answers = answer(model, tokenizer, examples, args, unfinished)
     users, golds = zip(*([m["content"] for m in c.messages[-2:]] for c in conversations), strict=True)
     rows, shares = rates(answers, golds, users, args)
-    encodings = representation.encode(model, examples, args.batch_size)
+    layout = {name: getattr(settings, name) for name in ("layout", "front_pred", "reverse")}
+    if any(e.own_text for e in examples):
+        layout["layout"] = "paper"  # a fused row would share the conversation's TEXT
+    encodings = representation.encode(model, examples, args.batch_size, **layout)
     figures = representation.report(encodings)
 
     about = {"run": str(args.run), "data": str(args.data), "task": args.task, "n": len(rows), "weights": args.weights}

@@ -70,7 +70,7 @@ def tsne(text, code, title, path, most=500):
 
 
 def spectrum(runs, title, path):
-    """Singular values of the centred encodings, runs overlaid: {run name: {"text": (n, C), "pred": ..., "code": ...}}."""
+    """Singular values of the centred encodings of runs: {run name: {"text": (n, C), "pred": ..., "code": ...}}."""
     names = {"text": "Enc(Text)", "pred": "Pred(Enc(Text))", "code": "Enc(Code)"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
     for axis, (name, label) in zip(axes, names.items(), strict=True):

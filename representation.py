@@ -31,14 +31,6 @@ def unit(x):  # (n, C) -> (n, C)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def derangement(n, seed=0):
-    """A permutation of n >= 2 that leaves nothing in its place: each element of a random cycle goes to the next."""
-    cycle = np.random.default_rng(seed).permutation(n)
-    partner = np.empty(n, dtype=int)
-    partner[cycle] = np.roll(cycle, -1)
-    return partner
-
-
 def retrieval(query, key):  # (n, C), (n, C) -> (recall@1, mean reciprocal rank)
     """How often, and how high, a query's own key stands when all keys are sorted by cosine. Ties count against it."""
     similarity = unit(query) @ unit(key).T  # (n, n)
@@ -81,7 +73,7 @@ def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out 
 def report(encodings, seed=0):
     """All figures of a dict that `encode` made, for n >= 4 examples."""
     text, pred, code = encodings["text"], encodings["pred"], encodings["code"]
-    partner = derangement(len(text), seed)
+    partner = data.derangement(len(text), seed)
     aligned = (unit(pred) * unit(code)).sum(axis=1).mean()
     shuffled = (unit(pred) * unit(code[partner])).sum(axis=1).mean()
     relative, absolute = linear_map(text, code)

@@ -139,7 +139,7 @@ def load(folder):
         theirs = name if name in names else prefix + name
         if theirs in names and names[theirs][0] not in found:
             found.update(_convert(tensor, theirs, names[theirs], wanted, f"{file}: tensor {name}"))
-        elif decoder.config.tied and name == "lm_head.weight":
+        elif name == "lm_head.weight":  # some tied checkpoints hold it all the same
             spare_heads.append((tensor, file))
         elif not re.fullmatch(BUFFERS, name):
             raise UserError(f"{file}: tensor {name} has no place in the model that config.json describes")

@@ -234,3 +234,91 @@ def test_the_command_shows_views_mask_and_statistics(tmp_path):
     assert "fused row, k=1" in shown
     bad = subprocess.run([*command, "--row", "5"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+
+
+# ---- rows with views of their own, plain text, paraphrases
+
+
+def test_explicit_views_are_the_views_and_messages_the_conversation(tmp_path, synth):
+    """As the official hellaswag file has them: turns, or plain strings."""
+    context, ending = {"role": "user", "content": "ring"}, {"role": "assistant", "content": "lake"}
+    for text, code in (([context], [ending]), ("ring", "lake")):
+        path = write(tmp_path, row(SYSTEM, USER, ANSWER, text=text, code=code))
+        e = data.example(data.read(path)[0], synth)
+        assert synth.decode(e.full) == "<|system|>Be brief.<|user|>lines with a dog<|assistant|>(dog)|.*<|end|>"
+        assert synth.decode(e.text) == "<|user|>ring" and synth.decode(e.code) == "<|assistant|>lake"
+        assert "".join(targets(e, synth)) == "(dog)|.*<|end|>"
+        batch = data.collate([e], 1, layout="paper")
+        assert synth.decode(batch.ids[1, : len(e.text)].tolist()) == "<|user|>ring"
+        with pytest.raises(AssertionError, match="paper layout"):
+            data.collate([e], 1)
+
+
+def test_text_and_code_alone_are_a_question_and_its_answer(tmp_path, synth):
+    views, messages = data.read(write(tmp_path, {"text": "ring", "code": "lake"}, row(
+        {"role": "user", "content": "ring"}, {"role": "assistant", "content": "lake"})))
+    assert data.example(views, synth) == data.example(messages, synth)
+
+
+def test_plain_text_is_trained_on_whole(tmp_path, synth):
+    conversation = data.read(write(tmp_path, {"text": "a ring, a lake"}))[0]
+    e = data.example(conversation, synth, train_on="all")
+    assert synth.decode(e.full) == "<|user|>a ring, a lake" and e.trained == [False] + [True] * (len(e.full) - 1)
+    assert not e.code and e.answer_start == len(e.full)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: plain text has no answer .* --train_on all"):
+        data.example(conversation, synth)
+
+
+def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
+    said = lambda content: {"role": "user", "content": content}  # noqa: E731
+    rows = [row(said("one"), group=1), row(said("lake"), group="x"), row(said("two"), group=1),
+            row(SYSTEM, said("ring"), group="x"), {"text": "three", "group": 1}]
+    made = [data.example(c, synth, train_on="all") for c in data.read(write(tmp_path, *rows))]
+    assert [synth.decode(e.code) for e in made] == [f"<|user|>{w}" for w in ("two", "ring", "three", "lake", "one")]
+    assert synth.decode(made[3].full) == "<|system|>Be brief.<|user|>ring"
+    batch = data.collate(made, 1)  # Text is inside the conversation: one row will do
+    assert len(batch.ids) == 5
+    with pytest.raises(UserError, match=r"rows.jsonl:2: no other row has the group 2"):
+        data.read(write(tmp_path, row(said("one"), group=1), row(said("two"), group=2), row(said("3"), group=1)))
+
+
+@pytest.mark.parametrize("views, complaint", [
+    ({"text": "only one"}, 'one of "text" and "code"'),
+    ({"text": [], "code": "x"}, "a view must be"),
+    ({"text": 3, "code": "x"}, "a view must be"),
+    ({"text": " ", "code": "x"}, "empty"),
+])
+def test_bad_views_are_refused(tmp_path, views, complaint):
+    with pytest.raises(UserError) as caught:
+        data.read(write(tmp_path, row(USER, ANSWER, **views)))
+    assert complaint in str(caught.value) and "rows.jsonl:1" in str(caught.value)
+
+
+def test_published_files_load_unchanged(synth):
+    """Every published file in the folder beside the repository becomes examples; hellaswag brings views of its own."""
+    published = ROOT.parent / "shared" / "data"
+    if not published.exists():
+        pytest.skip("the published data files are not at hand")
+    for path in sorted(published.glob("*_test.jsonl")):
+        conversations = data.read(path)[:50]
+        made = [data.example(c, synth) for c in conversations]
+        assert all(e.own_text == ("hellaswag" in path.name) for e in made), path
+        batch = data.collate(made[:3], 1, layout="paper")
+        assert len(batch.ids) == 6 and (batch.text_at[:, 0] == torch.tensor([1, 3, 5])).all()
+
+
+# ---- functions of the seed
+
+
+def test_a_derangement_leaves_nothing_in_its_place():
+    for n in (2, 3, 10, 501):
+        partners = data.derangement(n, 0, 4)
+        assert sorted(partners) == list(range(n)) and all(i != p for i, p in enumerate(partners))
+    assert data.derangement(501, 0, 4) != data.derangement(501, 0, 5) != data.derangement(501, 1, 5)
+
+
+def test_loss_dropout_is_a_function_of_seed_and_step():
+    draws = [data.dropped(0.3, 7, step) for step in range(2000)]
+    assert draws == [data.dropped(0.3, 7, step) for step in range(2000)]
+    assert draws != [data.dropped(0.3, 8, step) for step in range(2000)] and 0.26 < sum(draws) / 2000 < 0.34
+    assert not any(data.dropped(0.0, 7, s) for s in range(99)) and all(data.dropped(1.0, 7, s) for s in range(99))

@@ -135,9 +135,12 @@ def test_without_a_jepa_term_it_is_plain_fine_tuning(decoder, examples):
     assert_close(plain.lm, F.cross_entropy(logits.flatten(0, 1), batch.label.flatten()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("distance", ["cosine"])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "mse"])
 def test_parts_of_a_step_sum_to_the_whole(decoder, examples, distance):
-    """Accumulating 4 x 1 examples equals 1 x 4, although the examples have different numbers of labels."""
+    """Accumulating 4 x 1 examples equals 1 x 4, although the examples have different numbers of labels.
+
+    Not so infonce, whose negatives are the other examples of the same forward pass.
+    """
     model = LLMJEPA(decoder, 1)
     whole = model(data.collate(examples, 1), lam=2.0, distance=distance)
     wanted = backward(model, whole.total)
@@ -146,6 +149,33 @@ def test_parts_of_a_step_sum_to_the_whole(decoder, examples, distance):
     sums = [sum(part) for part in zip(*parts, strict=True)]
     assert_close(tuple(sums), tuple(whole), rtol=1e-5, atol=1e-6)
     assert_close(backward(model, sums[0]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_distances_on_vectors_that_one_can_check_by_hand():
+    text, code = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, -2.0]])
+    assert_close(jepa.cosine(text, code), torch.tensor((0.0 + 2.0) / 2))
+    assert_close(jepa.l2(text, code), torch.tensor((2.0 + 4.0) / 2))
+    assert_close(jepa.mse(text, code), torch.tensor((4.0 + 16.0) / 4))
+    # similarities [[1, 0], [0, -1]] / 0.07: the first Text finds its Code, the second sees the other one as closer
+    scores = torch.tensor([[1.0, 0.0], [0.0, -1.0]]) / 0.07
+    assert_close(jepa.infonce(text, code), -scores.log_softmax(-1).diag().mean())
+
+
+def test_gamma_weighs_the_next_token_loss(decoder, examples):
+    losses = LLMJEPA(decoder, 1)(data.collate(examples, 1), lam=2.0, gamma=0.25)
+    assert_close(losses.total, 0.25 * losses.lm + 2.0 * losses.jepa)
+
+
+@pytest.mark.parametrize("layout", ["fused", "paper"])
+def test_reverse_reads_text_without_and_code_with_pred(decoder, examples, layout):
+    """Against passes of their own: Text alone, Code followed by [PRED]."""
+    model = LLMJEPA(decoder, 2)
+    text, code = model.encodings(data.collate(examples, 2, layout, reverse=True))
+    for i, e in enumerate(examples):
+        for ids, found in ((e.text, text[i]), (e.code + [-1, -2], code[i])):
+            row = torch.tensor([ids])
+            batch = data.Batch(row, torch.zeros_like(row), torch.arange(len(ids))[None], row, None, None)
+            assert_close(model.hidden(batch)[0, -1], found, rtol=1e-5, atol=1e-5)
 
 
 def test_pred_vectors_are_a_parameter_of_their_own(decoder):

@@ -107,9 +107,10 @@ def test_saved_adapters_are_small_and_load(decoder, tmp_path):
     assert {name for name, p in base.named_parameters() if p.requires_grad} == set(lora.state(base))
 
 
-def test_adapters_of_another_model_are_refused_and_change_nothing(tmp_path):
+@pytest.mark.parametrize("style, changes", [("gpt2", {}), ("llama", {"n_kv_head": 4})])
+def test_adapters_of_another_model_are_refused_and_change_nothing(style, changes, tmp_path):
     path, decoder = tmp_path / "adapters.safetensors", toy_decoder("llama")
-    other = toy_decoder("gpt2")
+    other = toy_decoder(style, **changes)
     lora.add(other, 4)
     randomise(other)
     lora.save(other, path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import cli
+import data
 import train as train_script
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,18 @@ def run(*command, **options):
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, **options)
+
+
+def inside(*flags):
+    """train.py called in this process, which is faster."""
+    before = sys.argv, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    sys.argv = ["train.py", *map(str, flags)]
+    try:
+        train_script.main()
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGINT, before[1])
+        signal.signal(signal.SIGTERM, before[2])
 
 
 def train(out, *flags):
@@ -112,6 +125,49 @@ def test_micro_batches_change_nothing(toy, straight, tmp_path):
     assert_close(state(train(tmp_path / "run", *toy, *flags)), state(straight), rtol=1e-4, atol=1e-5)
 
 
+def test_all_ways_to_leave_the_jepa_term_out_are_one(toy, tmp_path):
+    """lam = 0 and loss dropout 1 go the same way through the code, to the same bits; and k does not matter there."""
+    plain = train(tmp_path / "plain", *toy, *SMALL, "--lam", "0")
+    others = (["--loss_dropout", "1"], ["--lam", "0", "--layout", "paper"], ["--lam", "0", "--k", "0"])
+    for i, flags in enumerate(others):
+        other = train(tmp_path / str(i), *toy, *SMALL, *flags)
+        weights = [load_file(run / "checkpoint/model.safetensors") for run in (other, plain)]
+        assert_close(*weights, rtol=0, atol=0)
+        train_lines = [[line for line in log(run) if "lm" in line] for run in (other, plain)]
+        assert train_lines[0] == train_lines[1] and all(line["jepa"] is None for line in train_lines[0])
+
+
+def test_loss_dropout_drops_some_steps(toy, straight, tmp_path):
+    lines = log(train(tmp_path / "run", *toy, *SMALL, "--loss_dropout", "0.5"))
+    dropped = [line["jepa"] is None for line in lines if "lm" in line]
+    assert dropped == [data.dropped(0.5, 0, step) for step in range(12)] and 0 < sum(dropped) < 12
+
+
+def test_every_variant_trains(toy, tmp_path):
+    """One run with each flag: it goes through, and it is not the default run under another name."""
+    variants = ["--gamma 0.5", "--distance l2", "--distance mse", "--distance infonce", "--layout paper", "--reverse",
+                "--layout paper --front_pred", "--stop_grad text", "--stop_grad code", "--shuffle_pairs",
+                "--train_on all", "--no_stop_label"]
+    seen = []
+    for i, flags in enumerate(["", *variants]):
+        inside(*toy, *SMALL, "--max_steps", "2", "--out", tmp_path / str(i), *flags.split())
+        norm = load_file(tmp_path / str(i) / "checkpoint/model.safetensors")["model.norm.weight"]
+        assert not any(torch.equal(norm, other) for other in seen), flags
+        seen.append(norm)
+
+
+def test_pretraining_on_plain_text_and_on_paraphrases(tmp_path):
+    plain, pairs = tmp_path / "plain.jsonl", tmp_path / "pairs.jsonl"
+    plain.write_text("".join(json.dumps({"text": f"the ring in lake {i}"}) + "\n" for i in range(8)))
+    pairs.write_text("".join(json.dumps({"text": f"the ring in lake {i}", "group": i // 2}) + "\n" for i in range(8)))
+    flags = [*SMALL, "--train_on", "all"]
+    inside("--out", tmp_path / "a", "--data", plain, "--val", plain, *flags, "--lam", "0")
+    inside("--out", tmp_path / "b", "--data", pairs, "--val", pairs, *flags, "--lam", "1")
+    assert all(line["jepa"] is None for line in log(tmp_path / "a") if "lm" in line)
+    assert all(line["jepa"] > 0 for line in log(tmp_path / "b") if "lm" in line)
+    assert "val_exact" not in log(tmp_path / "a")[-1] and (tmp_path / "a/best").exists()
+
+
 def test_two_processes_equal_one(toy, tmp_path):
     """Under torchrun two processes share the micro-batches of a step; some steps leave one of them without any."""
     flags = [*toy, *SMALL, "--grad_accum", "3", "--max_steps", "4"]
@@ -166,6 +222,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(toy, straight, tmp_path, 
     (["--device", "toaster"], "--device toaster"),
     (["--block_size", "5"], "train.jsonl:1: needs"),
     (["--resume", "nowhere"], "nowhere: no run here"),
+    (["--loss_dropout", "1.5"], "--loss_dropout 1.5"),
+    (["--front_pred", "--reverse", "--layout", "paper"], "choose one"),
+    (["--front_pred", "--layout", "paper", "--k", "0"], "--k 0"),
+    (["--reverse", "--k", "0"], "--k 0"),
+    (["--front_pred"], "add --layout paper"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(toy, tmp_path, refused, flags, complaint):
     out = [] if "--resume" in flags else ["--out", tmp_path / "run", *toy, *SMALL]

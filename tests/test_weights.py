@@ -224,6 +224,14 @@ def test_what_has_no_hugging_face_form_is_not_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_source_of_another_model_is_refused(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    weights.save(toy_decoder("llama", tied=True), source)
+    with pytest.raises(UserError, match="target: not saved: .*source"):
+        weights.save(toy_decoder("llama"), target, source)
+    assert not target.exists()
+
+
 def test_side_files_go_along_and_dtype_is_that_of_the_tensors(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     reference("llama").save_pretrained(source)
@@ -335,7 +343,8 @@ def test_defaults_are_those_of_transformers(case, remove, tmp_path):
 
 
 @pytest.mark.parametrize("case, changes, match", [
-    ("llama", {"model_type": "openelm"}, "model_type 'openelm'"),
+    ("llama", {"model_type": "openelm"}, "model_type 'openelm' is not supported: its layers differ"),
+    ("llama", {"model_type": "mamba"}, "model_type 'mamba'.*llama"),
     ("llama", {"model_type": "gemma3"}, "model_type 'gemma3'"),
     ("llama", {"model_type": None}, "model_type"),
     ("llama", {"hidden_size": 0}, "hidden_size"),
