@@ -4,12 +4,16 @@
     log.jsonl        one object per logged step, and one per validation
     checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
                      training.pt (optimizer, random state, step; opened with weights_only: it cannot run code)
-    best/            the same without training.pt: the weights with the best validation score
+    best/            a Hugging Face folder and pred.safetensors: the weights with the best validation score, or
+                     without validation the last; what eval.py reads
+
+Under LoRA, checkpoint/ holds the adapters and base.json, which names the folder they belong to; best/ is merged.
 
 Everything is written under another name first and then renamed, so a crash leaves the old state or the new, never half.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import lora
 import weights
 from cli import UserError
 from jepa import LLMJEPA
@@ -78,15 +83,24 @@ def data_hashes(args):
 def read(run):
     """(arguments, config) of a run folder. Raises UserError where `run` is none."""
     path = Path(run) / "config.json"
+    if not path.exists():
+        raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made")
+    settings = read_json(path, "arguments")
     try:
-        config = json.loads(path.read_text())
-        settings = dict(config["arguments"])
         settings |= {name: Path(settings[name]) if settings[name] else None for name in PATHS}
-    except OSError:
-        raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made") from None
+    return argparse.Namespace(**settings), {"arguments": settings, "sha256": read_json(path, "sha256")}
+
+
+def read_json(path, key):
+    """One value of a JSON object that this file's functions wrote."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))[key]
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}; the run is not whole") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the config.json of a run") from None
-    return argparse.Namespace(**settings), config
+        raise UserError(f"{path}: has no {key!r} as a run's file does; is this the folder of a run?") from None
 
 
 def write_json(path, value):
@@ -101,12 +115,26 @@ def write_text(path, text):
 
 
 def save_model(model, folder, source=None, training=None):
-    """Write a model (and the state of its training) as `folder`, replacing the one that was there."""
+    """Write a model as `folder`, replacing the one that was there.
+
+    source: the Hugging Face folder that the decoder came from. training: the state to resume from; without it the
+    decoder is written as a model of its own, adapters merged.
+    """
     folder = Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    weights.save(model.decoder, new, source)
+    adapted = bool(lora.state(model.decoder))
+    if adapted and training is not None:
+        new.mkdir(parents=True)
+        lora.save(model.decoder, new / "adapter.safetensors")
+        write_json(new / "base.json", {"base": str(Path(source).resolve())})
+    elif adapted:
+        merged = copy.deepcopy(model.decoder)
+        lora.merge(merged)
+        weights.save(merged, new, source)
+    else:
+        weights.save(model.decoder, new, source)
     save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
     if training is not None:
         torch.save(training, new / "training.pt")
@@ -116,10 +144,15 @@ def save_model(model, folder, source=None, training=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_model(folder):
+def load_model(folder, lora_dropout=0.0):
     """The `LLMJEPA` that save_model wrote; a Hugging Face folder without [PRED] vectors has k = 0."""
-    decoder = weights.load(folder)
-    path = Path(folder) / "pred.safetensors"
+    folder = Path(folder)
+    if (folder / "adapter.safetensors").exists():
+        decoder = weights.load(read_json(folder / "base.json", "base"))
+        lora.load(decoder, folder / "adapter.safetensors", lora_dropout)
+    else:
+        decoder = weights.load(folder)
+    path = folder / "pred.safetensors"
     if not path.exists():
         return LLMJEPA(decoder, 0)
     try:

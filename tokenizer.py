@@ -12,6 +12,7 @@ the answer and never has to search for them; and content is encoded as plain tex
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,13 @@ def _synth():
     headers = {role: [specials[f"<|{role}|>"]] for role in ("system", "user", "assistant")}
     stop = specials["<|end|>"]
     chat = plain_chat(bpe.encode_ordinary, headers, [], stop)
-    return Tokenizer("synth", bpe.n_vocab, stop, bpe.encode_ordinary, bpe.decode, chat)
+    return Tokenizer("synth", bpe.n_vocab, stop, bpe.encode_ordinary, partial(_decode, bpe), chat)
+
+
+def _decode(bpe, ids):
+    """Text of ids. An embedding may have more rows than there are tokens: such an id becomes a replacement character."""
+    tokens = (bpe.decode_single_token_bytes(i) if i < bpe.n_vocab else b"\xef\xbf\xbd" for i in ids)
+    return b"".join(tokens).decode("utf-8", errors="replace")
 
 
 def _gpt2():
@@ -97,4 +104,4 @@ def _gpt2():
     encode = bpe.encode_ordinary
     headers = {role: encode(f"{role.capitalize()}:\n") for role in ("system", "user", "assistant")}
     chat = plain_chat(encode, headers, encode("\n\n"), bpe.eot_token)
-    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, encode, bpe.decode, chat)
+    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, encode, partial(_decode, bpe), chat)

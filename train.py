@@ -27,6 +27,7 @@ from tqdm import tqdm
 import cli
 import data
 import generate
+import lora
 import plots
 import runs
 import tokenizer as tokenizers
@@ -50,6 +51,9 @@ def arguments():
     add("--n_head", type=int, default=4, help="tiny: attention heads")
     add("--d_model", type=int, default=128, help="tiny: hidden width")
     add("--block_size", type=int, default=512, help="tiny: the longest view, in tokens")
+    add("--lora_rank", type=int, default=0, help="train adapters of this rank on all projections; 0: train all weights")
+    add("--lora_alpha", type=float, help="the adapters' scale is alpha / rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
     add("--lam", type=float, default=1.0, help="weight of the JEPA loss; 0 is plain fine-tuning")
     add("--k", type=int, default=1, help="number of [PRED] tokens behind Text; 0: Text's own last state predicts")
     add("--distance", choices=sorted(DISTANCES), default="cosine", help="between predicted and actual encoding of Code")
@@ -70,9 +74,9 @@ def arguments():
         help="targets: the answer and its stop token, or the whole conversation (plain text, pretraining)")
     add("--no_stop_label", action="store_true",
         help="never train on the stop token; with --train_on all this is what the official code really optimises")
-    add("--epochs", type=int, default=12, help="passes over the data")
+    add("--epochs", type=int, help="passes over the data; default 12 for tiny, 4 otherwise")
     add("--max_steps", type=int, help="stop after this many optimizer steps, whatever --epochs says")
-    add("--batch_size", type=int, default=32, help="examples per forward pass")
+    add("--batch_size", type=int, help="examples per forward pass; default 32 for tiny, 4 otherwise")
     add("--grad_accum", type=int, default=1, help="forward passes per optimizer step, averaged exactly")
     add("--lr", type=float, help="peak learning rate; default 2e-3 for tiny, 2e-5 otherwise")
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate, to zero")
@@ -85,6 +89,7 @@ def arguments():
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="bfloat16 is autocast over fp32 weights, on GPUs that have it; auto uses it there")
     add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
     add("--out", type=Path, help="run folder, must not hold a run; default runs/lam..-k..-seed.., numbered if taken")
     add("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings in its config.json")
@@ -99,7 +104,13 @@ def arguments():
 
 
 def check(args):
-    """Refuse settings that cannot work, and fill in those that depend on others."""
+    """Fill in settings that depend on others, and refuse those that cannot work."""
+    tiny = args.init == "tiny"
+    defaults = {"tokenizer": "synth", "epochs": 12, "batch_size": 32, "lr": 2e-3} if tiny else {
+        "tokenizer": args.init, "epochs": 4, "batch_size": 4, "lr": 2e-5}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("epochs", "batch_size", "grad_accum", "n_layer", "n_head", "d_model", "block_size", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -121,9 +132,10 @@ def check(args):
         raise UserError("--front_pred and --reverse say where [PRED] stands, and --k 0 has none; give --k 1 or more")
     if args.front_pred and args.layout == "fused":
         raise UserError("--front_pred cannot be laid out fused, where the answer would see [PRED]; add --layout paper")
-    tiny = args.init == "tiny"
-    args.tokenizer = args.tokenizer or ("synth" if tiny else args.init)
-    args.lr = args.lr if args.lr is not None else (2e-3 if tiny else 2e-5)
+    if args.lora_rank < 0 or not 0 <= args.lora_dropout < 1 or not (args.lora_alpha is None or args.lora_alpha > 0):
+        raise UserError("--lora_rank must not be negative, --lora_alpha positive, --lora_dropout in [0, 1)")
+    if args.lora_rank and tiny:
+        raise UserError("--lora_rank adapts a pretrained model; give --init a Hugging Face folder or repo id")
     if args.val is None and args.data == SYNTH / "synth_train.jsonl":
         args.val = SYNTH / "synth_val.jsonl"
 
@@ -248,7 +260,12 @@ def validate(run):
 
 
 def keep_if_best(run, epoch):
-    """Validate and log; keep the weights as best/ if exact match (on a tie: loss) is better than in earlier epochs."""
+    """Validate and log; keep the weights as best/ if exact match (on a tie: loss) is better than in earlier epochs.
+
+    Without validation rows the last epoch counts as the best.
+    """
+    if run.validation is None:
+        return runs.save_model(run.model, run.args.out / "best", run.source)
     scores = validate(run)
     log(run, epoch=epoch + 1, **scores)
     tqdm.write(f"epoch {epoch + 1}, validation: " + ", ".join(f"{n[4:]} {v:.4f}" for n, v in scores.items()))
@@ -327,7 +344,7 @@ def fit(run, optimizer):
                 break
         # validate at the end of an epoch, then leave a checkpoint
         if RANK == 0:
-            if run.validation and (run.step % per_epoch == 0 or run.step == total):
+            if run.step % per_epoch == 0 or run.step == total:
                 keep_if_best(run, epoch)
             state = {"step": run.step, "best": run.best, "random": torch.get_rng_state()}
             runs.save_model(model, args.out / "checkpoint", run.source, state | {"optimizer": optimizer.state_dict()})
@@ -347,9 +364,11 @@ def main():
     tokenizer = tokenizers.load(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)
     if checkpoint:
-        model = runs.load_model(checkpoint)
+        model = runs.load_model(checkpoint, args.lora_dropout)
     else:
         model = LLMJEPA(weights.load(source) if source else tiny(args, tokenizer.vocab_size), args.k)
+        if args.lora_rank:
+            lora.add(model.decoder, args.lora_rank, args.lora_alpha, args.lora_dropout)
     config = model.decoder.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding only "
@@ -361,6 +380,7 @@ def main():
     check_views(args, examples)
 
     model.to(device).train()
+    model.decoder.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         for block in model.decoder.blocks:
             block.compile(dynamic=True)
@@ -372,8 +392,9 @@ def main():
     elif RANK == 0:
         runs.create(args)
     if RANK == 0:
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{args.out}: {size:,} parameters, {len(examples):,} rows, on {device}, from step {run.step}", flush=True)
+        sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (True, False)]
+        print(f"{args.out}: {sizes[0]:,} parameters ({sizes[1]:,} trained), {len(examples):,} rows, on {device}, "
+              f"from step {run.step}", flush=True)
 
     done = fit(run, optimizer)
     if WORLD > 1:

@@ -17,7 +17,11 @@ from torch.testing import assert_close
 
 import cli
 import data
+import lora
+import runs
 import train as train_script
+import weights
+from jepa import LLMJEPA
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
@@ -54,7 +58,8 @@ def toy_rows(path, n, seed=0):
     rows = []
     for _ in range(n):
         word = draw.choices("abcdefgh", k=3)
-        turns = [{"role": "user", "content": " ".join(word)}, {"role": "assistant", "content": " ".join(word).upper()}]
+        said = {"system": "Capitals.", "user": " ".join(word), "assistant": " ".join(word).upper()}
+        turns = [{"role": role, "content": content} for role, content in said.items()]
         rows.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(rows))
     return path
@@ -204,6 +209,70 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(toy, straight, tmp_path, 
     assert log(out) == log(straight)
 
 
+# ---- Hugging Face models
+
+MODEL = ROOT / "tests/oracle/model"  # a tiny random Llama
+FINE_TUNE = ["--init", MODEL, "--tokenizer", "synth", "--epochs", "2", "--lr", "1e-3", "--log_every", "1"]
+
+
+def vocabulary(folder):
+    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape
+
+
+def test_fine_tuning_leaves_a_hugging_face_folder(toy, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    inside("--out", tmp_path / "run", *toy, *FINE_TUNE, "--max_steps", "3", "--checkpoint_activations")
+    best = tmp_path / "run/best"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(best)
+    ids = torch.arange(40)[None]
+    ours = weights.load(best)
+    hidden = ours.hidden(ids, torch.ones(1, 40, 40).tril().bool(), ids)
+    assert_close(ours.logits(hidden), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert vocabulary(best) == vocabulary(MODEL) and (best / "tokenizer.json").exists()
+    assert load_file(best / "pred.safetensors")["pred"].shape == (1, 64)
+    assert not torch.equal(ours.norm.weight, weights.load(MODEL).norm.weight)
+
+
+def test_recomputing_activations_changes_nothing(toy, tmp_path):
+    both = [tmp_path / "kept", tmp_path / "recomputed"]
+    for run, flags in zip(both, ([], ["--checkpoint_activations"]), strict=True):
+        inside("--out", run, *toy, *FINE_TUNE, "--max_steps", "3", *flags)
+    assert_close(state(both[0]), state(both[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_lora_trains_adapters_and_pred_and_exports_a_merged_model(toy, tmp_path):
+    flags = ["--lora_rank", "4", "--lora_alpha", "8", "--lora_dropout", "0.2", *FINE_TUNE]
+    inside("--out", tmp_path / "run", *toy, *flags)
+    checkpoint, best = tmp_path / "run/checkpoint", tmp_path / "run/best"
+    assert not (checkpoint / "model.safetensors").exists() and vocabulary(best) == vocabulary(MODEL)
+    before, after = weights.load(MODEL).state_dict(), weights.load(best).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in changed} == set(lora.PROJECTIONS)
+    torch.manual_seed(0)
+    started = LLMJEPA(weights.load(MODEL), 1).pred.detach()
+    assert not torch.equal(load_file(checkpoint / "pred.safetensors")["pred"], started)
+
+    adapted, merged = runs.load_model(checkpoint).eval(), runs.load_model(best).eval()
+    batch = data.collate([data.Example([5, 6, 7, 8], [False, False, True, True], 2, [5, 6], [7])], 1)
+    for found, wanted in zip(adapted.encodings(batch), merged.encodings(batch), strict=True):
+        assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
+    """Dropout draws from the random stream, which the checkpoint holds."""
+    flags = [*toy, "--lora_rank", "4", "--lora_dropout", "0.3", *FINE_TUNE]
+    inside("--out", tmp_path / "straight", *flags)
+    stopped = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_script.Interrupt, "wanted", property(lambda self: True), raising=False)
+        patch.setattr(train_script.Interrupt, "__init__", lambda self: None)
+        inside("--out", stopped, *flags)
+    inside("--resume", stopped)
+    saved = [load_file(run / "checkpoint/adapter.safetensors") for run in (stopped, tmp_path / "straight")]
+    assert_close(*saved, rtol=0, atol=0)
+    assert log(stopped) == log(tmp_path / "straight")
+
+
 # ---- mistakes
 
 
@@ -221,6 +290,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(toy, straight, tmp_path, 
     (["--init", "nowhere/at-all/nothing"], "nowhere/at-all/nothing"),
     (["--device", "toaster"], "--device toaster"),
     (["--block_size", "5"], "train.jsonl:1: needs"),
+    (["--lora_rank", "4"], "--init"),
     (["--resume", "nowhere"], "nowhere: no run here"),
     (["--loss_dropout", "1.5"], "--loss_dropout 1.5"),
     (["--front_pred", "--reverse", "--layout", "paper"], "choose one"),
