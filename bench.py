@@ -1,0 +1,173 @@
+"""What a step costs, and what batched decoding saves: everything as ratios within one process.
+
+    python bench.py                                             # the tiny decoder on the default data
+    python bench.py --init FOLDER --data FILE --batch_size 4    # a Hugging Face model
+
+Steps of plain fine-tuning and of both layouts of LLM-JEPA are interleaved, so that whatever else the machine does falls
+on all of them alike. FLOPs are counted by torch's own counter; `step_flops` is the formula that the README gives.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import cli
+import data
+import generate
+import runs
+import tokenizer as tokenizers
+import weights
+from cli import UserError
+from jepa import LLMJEPA, TEXT, mask
+from model import Config, Decoder
+
+KINDS = {  # what is timed: arguments of data.collate
+    "plain fine-tuning": {"jepa": False},
+    "LLM-JEPA, fused": {"layout": "fused"},
+    "LLM-JEPA, paper": {"layout": "paper"},
+}
+
+
+def step_flops(config, batch):
+    """Floating-point operations of a step, forward and backward, as a sum over rows of T columns.
+
+    A row of T columns costs 2 P T in the linear layers (P: their parameters, without embeddings) and 4 L H D T^2 in
+    attention (scores, and weighted sum, each 2 H D T^2 in each of L layers); each label costs 2 V C in the output
+    matrix. The backward pass costs twice the forward pass.
+    """
+    c, (rows, columns) = config, batch.ids.shape
+    attention = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
+    mlp = c.d_model * c.d_ff * (3 if c.gated else 2)
+    linear = 2 * c.n_layer * (attention + mlp) * columns
+    scores = 4 * c.n_layer * c.n_head * c.head_dim * columns**2
+    labels = (batch.label != -100).sum().item()
+    return 3 * (rows * (linear + scores) + 2 * c.vocab_size * c.d_model * labels)
+
+
+def counted_flops(model, batch):
+    """The same by torch's counter, which knows the attention of the plain "math" kernel on every device."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch).total.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def time_steps(model, examples, args, device):
+    """{kind: (seconds per step, tokens per step, FLOPs, peak GPU memory)}, medians over interleaved steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    seconds, tokens, flops, memory = ({kind: [] for kind in KINDS} for _ in range(4))
+    size = args.batch_size
+    for step in tqdm(range(args.steps + 2), "steps", leave=False):  # the first two warm up
+        start = step * size % (len(examples) - size + 1)
+        for kind, how in KINDS.items():
+            began = time.perf_counter()
+            batch = data.collate(examples[start : start + size], args.k, **how).to(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            model(batch, lam=2.0).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                memory[kind].append(torch.cuda.max_memory_allocated(device))
+            if step >= 2:
+                seconds[kind].append(time.perf_counter() - began)
+                tokens[kind].append((batch.segment != 4).sum().item())
+                flops[kind].append(step_flops(model.decoder.config, batch))
+    middle = lambda values: statistics.median(values) if values else None  # noqa: E731
+    return {kind: tuple(middle(m[kind]) for m in (seconds, tokens, flops, memory)) for kind in KINDS}
+
+
+def one_by_one(decoder, prompt, stop, budget):
+    """Greedy decoding as one would first write it: one prompt, no cache, the whole row again for each token."""
+    ids = torch.tensor([prompt], device=decoder.embed.weight.device)
+    while ids.shape[1] < len(prompt) + budget:
+        position = torch.arange(ids.shape[1], device=ids.device)[None]
+        hidden = decoder.hidden(ids, mask(torch.full_like(ids, TEXT)), position)
+        token = decoder.logits(hidden[:, -1:]).argmax(dim=-1)
+        if token.item() == stop:
+            break
+        ids = torch.cat([ids, token], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def time_decoding(decoder, prompts, stop, args):
+    """Seconds per row and answers of: one by one without cache, one by one with cache, in batches with cache."""
+    few = prompts[: args.rows]
+    stages = {
+        "one by one, no cache": (few, lambda p: [one_by_one(decoder, prompt, stop, args.new_tokens) for prompt in p]),
+        "one by one, cached": (few, lambda p: [generate.greedy(decoder, [x], stop, args.new_tokens)[0].ids for x in p]),
+        "batched, cached": (prompts, lambda p: [answer.ids for _, answer in sorted(generate.in_batches(
+            decoder, p, stop, args.new_tokens, args.decode_batch))]),
+    }
+    found = {}
+    with torch.inference_mode():
+        for name, (chosen, decode) in stages.items():
+            decode(chosen[:2])
+            began = time.perf_counter()
+            answers = decode(chosen)
+            found[name] = ((time.perf_counter() - began) / len(chosen), answers)
+    return found
+
+
+def arguments():
+    p = cli.parser(__doc__)
+    add = p.add_argument
+    here = Path(__file__).parent / "datasets"
+    add("--init", help="Hugging Face folder or repo id; default: the tiny decoder with random weights")
+    add("--tokenizer", help="default: what --init comes with, synth for tiny")
+    add("--data", type=Path, default=here / "synth_test.jsonl", help="JSONL of conversations")
+    add("--k", type=int, default=1, help="number of [PRED] tokens")
+    add("--batch_size", type=int, default=32, help="examples per training step")
+    add("--steps", type=int, default=30, help="timed steps of each kind")
+    add("--rows", type=int, default=32, help="rows that are decoded one by one")
+    add("--decode_batch", type=int, default=128, help="prompts per batch of batched decoding")
+    add("--decode_rows", type=int, default=2000, help="rows that are decoded in batches")
+    add("--new_tokens", type=int, default=32, help="budget of an answer")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    args = p.parse_args()
+    for name in ("batch_size", "steps", "rows", "decode_batch", "decode_rows", "new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    return args
+
+
+def main():
+    args = arguments()
+    torch.manual_seed(0)
+    device, _ = runs.hardware(args.device)
+    tokenizer = tokenizers.load(args.tokenizer or args.init or "synth")
+    tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)
+    decoder = weights.load(weights.fetch(args.init)) if args.init else Decoder(tiny)
+    model = LLMJEPA(decoder, args.k).to(device)
+    _, examples = data.load(args.data, tokenizer, decoder.config.block_size, args.k, too_long="skip")
+    if len(examples) < args.batch_size:
+        raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
+
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.data.name}, batch {args.batch_size}, "
+          f"k = {args.k}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
+    decoded = time_decoding(model.decoder.eval(), prompts, tokenizer.stop, args)
+    timed = time_steps(model.train(), examples, args, device)
+    base = timed["plain fine-tuning"]
+    print(f"\n{'median of ' + str(args.steps) + ' steps':22s} {'ms':>8s} {'ratio':>6s} {'tokens/s':>9s} "
+          f"{'GFLOP':>8s} {'ratio':>6s}" + (f" {'peak MiB':>9s}" if base[3] else ""))
+    for kind, (seconds, tokens, flops, memory) in timed.items():
+        print(f"{kind:22s} {seconds * 1e3:8.1f} {seconds / base[0]:6.2f} {tokens / seconds:9.0f} {flops / 1e9:8.2f} "
+              f"{flops / base[2]:6.2f}" + (f" {memory / 2**20:9.0f}" if memory else ""))
+
+    naive = decoded["one by one, no cache"]
+    cached = decoded["one by one, cached"]
+    print(f"\n{'decoding':22s} {'rows/s':>8s} {'x no cache':>11s} {'x cached':>9s}  same text")
+    for name, (seconds, answers) in decoded.items():
+        same = answers[: len(naive[1])] == naive[1]
+        print(f"{name:22s} {1 / seconds:8.1f} {naive[0] / seconds:11.1f} {cached[0] / seconds:9.1f}  {same}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,37 @@
+"""The cost formula against torch's own counter; no timing is asserted."""
+
+import pytest
+import torch
+from conftest import STYLES, toy_decoder
+
+import bench
+import data
+from jepa import LLMJEPA
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", bench.KINDS)
+def test_the_formula_is_what_torch_counts(style, kind, examples):
+    model = LLMJEPA(toy_decoder(style), 2)
+    batch = data.collate(examples, 2, **bench.KINDS[kind])
+    assert bench.step_flops(model.decoder.config, batch) == bench.counted_flops(model, batch)
+
+
+def test_fused_is_the_cheapest_way_to_all_three_views(examples):
+    """Per example, in columns: plain n, fused n + k + c, paper n + (t + k + c); separate passes the same as paper."""
+    k, e = 2, max(examples, key=lambda e: len(e.full))
+    n, t, c = len(e.full), len(e.text), len(e.code)
+    columns = {kind: data.collate([e], k, **how).segment for kind, how in bench.KINDS.items()}
+    used = {kind: (segment != 4).sum().item() for kind, segment in columns.items()}
+    assert list(used.values()) == [n, n + k + c, n + t + k + c]
+    decoder = toy_decoder("llama")
+    cost = {kind: bench.step_flops(decoder.config, data.collate([e], k, **how)) for kind, how in bench.KINDS.items()}
+    assert cost["plain fine-tuning"] < cost["LLM-JEPA, fused"] < cost["LLM-JEPA, paper"]
+
+
+def test_the_naive_loop_is_the_same_text(examples):
+    decoder = toy_decoder("llama")
+    with torch.no_grad():
+        for e in examples:
+            answer = bench.generate.greedy(decoder, [e.full], -1, 6)[0].ids
+            assert bench.one_by_one(decoder, e.full, -1, 6) == answer
