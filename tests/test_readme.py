@@ -49,7 +49,7 @@ def test_the_quoted_code_is_the_code():
 
 
 def test_files_that_are_named_exist():
-    for name in re.findall(r"`([\w/]+\.py)`", README) + re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for name in re.findall(r"`([\w/]+\.py)`", README) + re.findall(r"\]\((?!http)([\w/.]+)\)", README):
         assert (ROOT / name).exists(), name
 
 
