@@ -7,6 +7,7 @@ Steps of plain fine-tuning and of both layouts of LLM-JEPA are interleaved, so t
 on all of them alike. FLOPs are counted by torch's own counter; `step_flops` is the formula that the README gives.
 """
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -118,7 +119,7 @@ def time_decoding(decoder, prompts, stop, args):
 def arguments():
     p = cli.parser(__doc__)
     add = p.add_argument
-    here = Path(__file__).parent / "datasets"
+    here = Path(os.path.relpath(Path(__file__).parent / "datasets"))
     add("--init", help="Hugging Face folder or repo id; default: the tiny decoder with random weights")
     add("--tokenizer", help="default: what --init comes with, synth for tiny")
     add("--data", type=Path, default=here / "synth_test.jsonl", help="JSONL of conversations")

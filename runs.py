@@ -61,7 +61,7 @@ def create(args):
         args.out = next(path for path in map(Path, names) if not path.exists())
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     config = {"arguments": settings, "sha256": data_hashes(args), "versions": versions}
     try:

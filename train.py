@@ -12,6 +12,7 @@ Read next: `generate.py` and `eval.py`.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ from jepa import DISTANCES, LLMJEPA, PAD
 from model import Config, Decoder
 from runs import RANK, WORLD
 
-SYNTH = Path(__file__).parent / "datasets"
+SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
 
 
 def arguments():
@@ -136,7 +137,7 @@ def check(args):
         raise UserError("--lora_rank must not be negative, --lora_alpha positive, --lora_dropout in [0, 1)")
     if args.lora_rank and tiny:
         raise UserError("--lora_rank adapts a pretrained model; give --init a Hugging Face folder or repo id")
-    if args.val is None and args.data == SYNTH / "synth_train.jsonl":
+    if args.val is None and args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve():
         args.val = SYNTH / "synth_val.jsonl"
 
 

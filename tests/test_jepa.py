@@ -68,6 +68,14 @@ def test_mask_is_the_picture():
     assert jepa.mask(segment).dtype == torch.bool
 
 
+def test_mask_holds_in_any_order_of_segments():
+    """Rows always have PRED before CODE, so causality would hide it if PRED might see CODE: here CODE comes first."""
+    allowed = {(TEXT, TEXT), (ANSWER, TEXT), (ANSWER, ANSWER), (PRED, TEXT), (PRED, PRED), (CODE, CODE), (PAD, PAD)}
+    segment = [CODE, PAD, PRED, ANSWER, TEXT, CODE, PAD, PRED, ANSWER, TEXT]
+    expected = [[k <= q and (segment[q], segment[k]) in allowed for k in range(10)] for q in range(10)]
+    assert jepa.mask(torch.tensor([segment]))[0].tolist() == expected
+
+
 def test_no_row_of_the_mask_is_empty():
     every_order = torch.cartesian_prod(*[torch.arange(5)] * 3)  # (125, 3) segments in all orders, however odd
     assert jepa.mask(every_order).any(dim=-1).all()
