@@ -99,12 +99,14 @@ def one_by_one(decoder, prompt, stop, budget):
 
 def time_decoding(decoder, prompts, stop, args):
     """Seconds per row and answers of: one by one without cache, one by one with cache, in batches with cache."""
+    def batched(chosen, size):
+        return [answer.ids for _, answer in sorted(generate.in_batches(decoder, chosen, stop, args.new_tokens, size))]
+
     few = prompts[: args.rows]
     stages = {
         "one by one, no cache": (few, lambda p: [one_by_one(decoder, prompt, stop, args.new_tokens) for prompt in p]),
-        "one by one, cached": (few, lambda p: [generate.greedy(decoder, [x], stop, args.new_tokens)[0].ids for x in p]),
-        "batched, cached": (prompts, lambda p: [answer.ids for _, answer in sorted(generate.in_batches(
-            decoder, p, stop, args.new_tokens, args.decode_batch))]),
+        "one by one, cached": (few, lambda p: batched(p, 1)),
+        "batched, cached": (prompts, lambda p: batched(p, args.decode_batch)),
     }
     found = {}
     with torch.inference_mode():

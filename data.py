@@ -156,9 +156,10 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
         full += ids
         trained += [turn == last] * len(ids)
     if answered:
-        if full[end[last] : end[last] + 1] != [tokenizer.stop]:
+        if tokenizer.stop not in full[end[last] :]:
             raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
-        trained[end[last]] = True
+        stop = full.index(tokenizer.stop, end[last])  # some templates put a space before it
+        trained[end[last] : stop + 1] = [True] * (stop + 1 - end[last])
     if train_on == "all":
         trained = [False] + [True] * (len(full) - 1)
     if not stop_label:

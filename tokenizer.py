@@ -2,6 +2,7 @@
 
     tokenizer.load("synth")   the 512-token byte-level BPE that the repository ships (see datasets/make_tokenizer.py)
     tokenizer.load("gpt2")    tiktoken's GPT-2 encoding (downloaded once by tiktoken)
+    tokenizer.load(FOLDER)    the tokenizer.json and chat template of a Hugging Face folder or repo id (huggingface.py)
 
 `chat` is the part that matters for training. It renders a conversation as *pieces*: the template's own ids (role
 headers, end-of-turn tokens) and, apart from them, the ids of each message's content. So `data.py` is told which ids are
@@ -40,12 +41,15 @@ class Tokenizer:
 
 
 def load(name_or_folder):
-    """The tokenizer of that name. Raises UserError where there is none."""
+    """The tokenizer of that name or folder. Raises UserError where there is none."""
     if name_or_folder == "synth":
         return _synth()
     if name_or_folder == "gpt2":
         return _gpt2()
-    raise UserError(f"no tokenizer {name_or_folder!r}; use synth or gpt2")
+    import huggingface  # these two know more than most readers need, and import more than most runs
+    import weights
+
+    return huggingface.load(weights.fetch(name_or_folder))
 
 
 def plain_chat(encode, headers, between, stop):
@@ -86,7 +90,7 @@ def _synth():
 
 
 def _decode(bpe, ids):
-    """Text of ids. An embedding may have more rows than there are tokens: such an id becomes a replacement character."""
+    """Text of ids. An embedding may have more rows than there are tokens: such an id is a replacement character."""
     tokens = (bpe.decode_single_token_bytes(i) if i < bpe.n_vocab else b"\xef\xbf\xbd" for i in ids)
     return b"".join(tokens).decode("utf-8", errors="replace")
 

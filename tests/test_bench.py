@@ -33,5 +33,5 @@ def test_the_naive_loop_is_the_same_text(examples):
     decoder = toy_decoder("llama")
     with torch.no_grad():
         for e in examples:
-            answer = bench.generate.greedy(decoder, [e.full], -1, 6)[0].ids
-            assert bench.one_by_one(decoder, e.full, -1, 6) == answer
+            (_, answer), = bench.generate.decode(decoder, [e.full], -1, 6)
+            assert bench.one_by_one(decoder, e.full, -1, 6) == answer.ids
