@@ -76,7 +76,7 @@ def test_ids_equal_the_tokenizers_library(tokenizer):
     import tokenizers as library
 
     theirs = library.Tokenizer.from_file(str(Path(FOLDER, "tokenizer.json")))
-    lines = ["naïve café", "日本語 🙂", "def f(x):\n    return x ** 2\n", "3.14159 1,000,000", " \t\n\n  ", "", 99 * "a"]
+    lines = ["naïve café", "日本語 🙂", "def f(x):\n    return x ** 2\n", "3.14159 1,000,000", " \t\n\n ", "", 99 * "a"]
     if PUBLISHED.exists():
         rows = [line for path in sorted(PUBLISHED.glob("*_test.jsonl")) for line in path.read_text().splitlines()]
         lines += [json.loads(row)["messages"][-2]["content"] for row in random.Random(0).sample(rows, 500)]

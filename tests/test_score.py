@@ -234,7 +234,8 @@ path, evil, queries, regexes = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 right = [q for q in queries if score.spider(q.replace("{evil}", evil), "SELECT id FROM item", path, seconds=0.1)]
 right += [regex for regex in regexes if regular.same_regex(regex, "~((dog.*truck.*){7,})")]
-print(json.dumps([right, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+status = open("/proc/self/status").read()  # not ru_maxrss, which begins with the memory of the process that forked
+print(json.dumps([right, int(status.split("VmHWM:")[1].split()[0])]))
 """
 
 
