@@ -340,9 +340,8 @@ def show(batch, tokenizer, colour):
             print(f"{name:15s} is read at row {row}, column {column}: {word(batch.ids[row, column].item())}")
 
 
-def statistics(path, tokenizer, k):
+def statistics(path, examples, tokenizer, k):
     """Print the lengths, in tokens, of everything in a file."""
-    examples = [example(conversation, tokenizer) for conversation in read(path)]
     lengths = {
         "conversation": [len(e.full) for e in examples],
         "Text alone": [len(e.text) for e in examples],
@@ -364,6 +363,7 @@ def main():
     parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder")
     parser.add_argument("--k", type=int, default=1, help="number of [PRED] tokens")
     parser.add_argument("--layout", choices=["fused", "paper"], default="fused", help="see the picture in jepa.py")
+    parser.add_argument("--train_on", choices=["answer", "all"], default="answer", help="which tokens are targets")
     args = parser.parse_args()
 
     import tokenizer as tokenizers
@@ -374,9 +374,12 @@ def main():
         raise UserError(f"{args.file}: has rows 1 to {len(conversations)}, there is no row {args.row}")
     if args.k < 0:
         raise UserError(f"--k {args.k}: the number of [PRED] tokens cannot be negative")
-    batch = collate([example(conversations[args.row - 1], tokenizer)], args.k, args.layout)
-    show(batch, tokenizer, colour=sys.stdout.isatty())
-    statistics(args.file, tokenizer, args.k)
+    examples = [example(conversation, tokenizer, args.train_on) for conversation in conversations]
+    chosen = examples[args.row - 1]
+    if chosen.own_text and args.layout == "fused":
+        raise UserError(f"{args.file}: its rows have a text view of their own; add --layout paper")
+    show(collate([chosen], args.k, args.layout, jepa=bool(chosen.code)), tokenizer, colour=sys.stdout.isatty())
+    statistics(args.file, examples, tokenizer, args.k)
 
 
 if __name__ == "__main__":
