@@ -1,5 +1,6 @@
 """Batched, cached decoding against the naive loop: one prompt, no cache, the whole row again for each token."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import STYLES, toy_decoder
@@ -23,6 +24,11 @@ def naive(decoder, prompt, stop, budget):
     return ids[len(prompt) :], False
 
 
+def decode(decoder, prompts, stop, budget, **options):
+    found = dict(generate.decode(decoder, prompts, stop, budget, **options))
+    return [found[i] for i in range(len(prompts))]
+
+
 def prompts(*lengths):
     torch.manual_seed(3)
     return [torch.randint(0, 50, (n,)).tolist() for n in lengths]
@@ -36,7 +42,25 @@ def test_batched_and_cached_equals_naive(style):
     stop = free[1][4]  # a token that at least one row meets in mid-answer, and others may not
     expected = [naive(decoder, p, stop, 12) for p in ragged]
     assert len({len(ids) for ids, _ in expected}) > 1, "the rows must end at different times"
-    assert generate.greedy(decoder, ragged, stop, 12) == expected
+    assert decode(decoder, ragged, stop, 12) == expected
+
+
+def test_rows_leave_in_any_order(decoder):
+    """Every token of the free answers is tried as the stop token: rows end first, last, in the middle, all at once."""
+    ragged = prompts(4, 9, 2, 6, 3)
+    for stop in {token for p in ragged for token in naive(decoder, p, -1, 8)[0]}:
+        assert decode(decoder, ragged, stop, 8) == [naive(decoder, p, stop, 8) for p in ragged]
+
+
+def test_the_cache_grows(decoder):
+    """More new tokens than the room that the cache begins with."""
+    cache, ids = generate.Cache(room=3), prompts(40)[0]
+    whole = decoder.hidden(torch.tensor([ids]), mask(torch.zeros(1, 40).long()), torch.arange(40)[None])
+    found = []
+    for i, token in enumerate(ids):
+        seen = torch.ones(1, 1, i + 1, dtype=torch.bool)
+        found.append(decoder.hidden(torch.tensor([[token]]), seen, torch.tensor([[i]]), cache))
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_the_prompts_is_kept_over_batches(decoder):
@@ -48,11 +72,46 @@ def test_the_order_of_the_prompts_is_kept_over_batches(decoder):
 def test_a_row_ends_where_the_models_positions_end(decoder):
     """block_size is 64: the longer prompt fills up first, the other goes on."""
     ragged = prompts(60, 50)
-    answers = generate.greedy(decoder, ragged, stop=-1, max_new_tokens=100)
+    answers = decode(decoder, ragged, -1, 100)
     assert answers == [naive(decoder, p, -1, 100) for p in ragged]
     assert [len(answer.ids) for answer in answers] == [5, 15]
 
 
 def test_the_budget_is_exact(decoder):
     for budget in (1, 2, 6):
-        assert [len(a.ids) for a in generate.greedy(decoder, prompts(4, 2), -1, budget)] == [budget, budget]
+        assert [len(a.ids) for a in decode(decoder, prompts(4, 2), -1, budget)] == [budget, budget]
+
+
+def test_samples_do_not_depend_on_the_batch(decoder):
+    ragged = prompts(5, 1, 9, 4, 2, 8, 3)
+    choose = generate.sampler(temperature=1.5, top_p=0.9, seed=4, names=list(range(7)))
+    runs = [dict(generate.in_batches(decoder, ragged, -1, 6, size, choose)) for size in (7, 2)]
+    assert runs[0] == runs[1]
+    other = generate.sampler(temperature=1.5, top_p=0.9, seed=5, names=list(range(7)))
+    assert dict(generate.in_batches(decoder, ragged, -1, 6, 7, other)) != runs[0]
+
+
+def test_samples_follow_the_distribution_cut_to_top_p():
+    """Shares .5 .3 .15 .05: with top_p 0.7 the first two remain, as 5 to 3; nearly cold, only the first."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None]
+    rows = list(range(4000))
+
+    def counts(temperature, top_p):
+        choose = generate.sampler(temperature, top_p, seed=0, names=rows)
+        return np.bincount(choose(logits.expand(4000, 4), rows, step=0).numpy(), minlength=4) / 4000
+
+    assert np.abs(counts(1.0, 1.0) - [0.5, 0.3, 0.15, 0.05]).max() < 0.03
+    assert np.abs(counts(1.0, 0.7) - [0.625, 0.375, 0, 0]).max() < 0.03
+    assert counts(0.01, 1.0).tolist() == [1, 0, 0, 0]
+
+
+def test_log_likelihoods_equal_each_choice_alone(decoder):
+    prompt, *choices = prompts(6, 1, 4, 2)
+    found = generate.log_likelihoods(decoder, prompt, choices)
+    for choice, value in zip(choices, found, strict=True):
+        row = torch.tensor([prompt + choice])
+        position = torch.arange(row.shape[1])[None]
+        with torch.no_grad():
+            logits = decoder.logits(decoder.hidden(row, mask(torch.zeros_like(row)), position))[0].log_softmax(-1)
+        alone = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice))
+        assert value == pytest.approx(alone, abs=1e-4)
