@@ -77,7 +77,7 @@ def spectrum(runs, title, path):
         for (run, encodings), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
             x = encodings[name]
             values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)
-            axis.plot(range(1, len(values) + 1), values, color=colour, label=run)
+            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, label=run)
         axis.set(xlabel="index", title=label, yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("singular value / sqrt(n)")
