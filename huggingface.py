@@ -15,6 +15,7 @@ import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+import weights
 from cli import UserError
 from tokenizer import Piece, Tokenizer, plain_chat
 
@@ -26,7 +27,8 @@ TRIMS = (str, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), 
 def load(folder):
     """The `Tokenizer` of a folder. Raises UserError naming the file at fault."""
     folder = Path(folder)
-    path, settings = folder / "tokenizer.json", _json(folder / "tokenizer_config.json")
+    path, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    settings = weights.read_json(about) if about.exists() else {}
     try:
         source = path.read_text(encoding="utf-8")
         bpe, content_bpe = tokenizers.Tokenizer.from_str(source), tokenizers.Tokenizer.from_str(_plain(source))
@@ -62,16 +64,6 @@ def _plain_chat(bpe, encode, eos):
     whole = bpe.encode("x").ids  # with what the tokenizer's post-processor adds: BOS, in some models EOS
     bos = [] if whole[: len(text)] == text else whole[:1]
     return lambda messages: [Piece(bos, None), *chat(messages)]
-
-
-def _json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as failure:
-        raise UserError(f"{path}: cannot be read ({failure})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def _token(value):
@@ -159,8 +151,9 @@ def _chat(folder, bpe, encode, render, parts, messages):
     pieces, rendered = _spans(folder, parts(roles), render(roles, contents), roles, contents)
     added = {token.content for token in bpe.get_added_tokens_decoder().values()}
     if any(token in content for content in contents for token in added):
-        ids = lambda text, turn: encode(text) if turn is not None else bpe.encode(text, add_special_tokens=False).ids  # noqa: E731
-        return [Piece(ids(rendered[start:end], turn), turn) for start, end, turn in pieces]
+        texts = [(rendered[start:end], turn) for start, end, turn in pieces]
+        own = lambda text: bpe.encode(text, add_special_tokens=False).ids  # noqa: E731
+        return [Piece(own(text) if turn is None else encode(text), turn) for text, turn in texts]
     whole = bpe.encode(rendered, add_special_tokens=False)
     made = [Piece([], turn) for _, _, turn in pieces]
     at = 0

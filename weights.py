@@ -29,7 +29,7 @@ SIDE_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json add
 def config(folder):
     """The Config that folder/config.json describes."""
     path = Path(folder) / "config.json"
-    return families.parse(_json(path), path)
+    return families.parse(read_json(path), path)
 
 
 def load(folder):
@@ -64,7 +64,7 @@ def save(decoder, folder, source=None, dtype=torch.float32):
     dtype changes, to that of the tensors). None: a config.json for LlamaForCausalLM or GPT2LMHeadModel is made.
     """
     folder, have = Path(folder), decoder.state_dict()
-    fields = families.describe(decoder.config) if source is None else _json(Path(source) / "config.json")
+    fields = families.describe(decoder.config) if source is None else read_json(Path(source) / "config.json")
     if families.parse(fields, folder / "config.json") != decoder.config:
         raise UserError(f"{folder}: not saved: {source or 'a config.json made for it'} does not describe this decoder")
     fields |= {key: str(dtype).removeprefix("torch.") for key in ("torch_dtype", "dtype") if key in fields}
@@ -106,7 +106,7 @@ def fetch(name):
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
     try:
         folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-        _json(Path(folder) / "config.json"), _files(Path(folder))  # an interrupted download is not a cached model
+        read_json(Path(folder) / "config.json"), _files(Path(folder))  # an interrupted download is not a cached model
         return folder
     except (OSError, ValueError, UserError):
         pass
@@ -141,7 +141,8 @@ def _convert(tensor, theirs, ours, wanted, where):
     return {name: piece.float().contiguous() for name, piece in zip(ours, pieces, strict=True)}
 
 
-def _json(path):
+def read_json(path):
+    """The JSON object in a file. Raises UserError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -158,7 +159,7 @@ def _files(folder):
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            shards = _json(index).get("weight_map")
+            shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise UserError(f"{index}: weight_map is missing")
             for tensor, shard in shards.items():
