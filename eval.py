@@ -26,6 +26,7 @@ import representation
 import runs
 import score
 import tokenizer as tokenizers
+import weights
 from cli import UserError
 
 # Room for an answer, in tokens, by task. Longer gold answers are told of before generation starts.
@@ -92,7 +93,7 @@ class Subject:
 
 def open_subject(path, args, device):
     """A run (its best checkpoint if it has one, else its last), or a Hugging Face folder without [PRED] vectors."""
-    if (path / "config.json").exists() and "model_type" in json.loads((path / "config.json").read_text()):
+    if (path / "config.json").exists() and "model_type" in weights.read_json(path / "config.json"):
         if args.out is None:
             raise UserError(f"{path}: is a Hugging Face folder; say with --out where the results should go")
         folder, name, layout, seed = path, str(path), {}, None

@@ -14,7 +14,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def read_log(run):
-    """The objects of a run's log.jsonl."""
+    """The objects of a run's log.jsonl; none if the run was stopped before the first."""
+    if not (Path(run) / "log.jsonl").exists():
+        return []
     with open(Path(run) / "log.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

@@ -235,7 +235,7 @@ def validate(run):
     """Losses over all validation rows, and exact match on the first 200 with an answer, of which three are printed."""
     conversations, examples = run.validation
     run.model.eval()
-    views = all(e.code for e in examples)
+    views = all(e.code and not (e.own_text and run.args.layout == "fused") for e in examples)
     (total, lm, jepa), _ = losses(run, sorted(examples, key=lambda e: len(e.full)), views)
     scores = {"val_lm": lm.item(), "val_jepa": jepa.item(), "val_total": total.item()}
     sample = [(c, e) for c, e in zip(conversations, examples, strict=True) if e.answer_start < len(e.full)][:200]

@@ -202,4 +202,6 @@ def test_mistakes_are_one_line(trained, rows, refused, tmp_path, flags, complain
 
 def test_what_is_no_run(rows, refused, tmp_path):
     assert "no run here" in refused(tmp_path, "--data", rows)
+    (tmp_path / "config.json").write_text('{"arguments": ')
+    assert "config.json" in refused(tmp_path, "--data", rows)
     assert "either" in refused("--data", rows)

@@ -273,6 +273,16 @@ def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
     assert log(stopped) == log(tmp_path / "straight")
 
 
+def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train_script.Interrupt, "wanted", property(lambda self: True), raising=False)
+        patch.setattr(train_script.Interrupt, "__init__", lambda self: None)
+        inside("--out", tmp_path / "run", *toy, *SMALL, "--log_every", "100")
+    assert ended.value.code == 130 and not (tmp_path / "run/log.jsonl").exists()
+    inside("--resume", tmp_path / "run")
+    assert [line["step"] for line in log(tmp_path / "run")] == [6, 12, 12]
+
+
 # ---- mistakes
 
 
