@@ -99,17 +99,22 @@ def _conversation(line, where):
     if not isinstance(row, dict) or not (isinstance(row.get("messages"), list) or isinstance(row.get("text"), str)):
         raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content"')
     text, code = (_turns(row[name], role, where) if name in row else None for name, role in VIEWS.items())
+    group = row.get("group")
+    if group is not None and not isinstance(group, (str, int)):
+        raise UserError(f"{where}: a group must be a string or a number")
+    if group is not None and code is not None:
+        raise UserError(f"{where}: has a group and a code; the Code of a paraphrase is the next row of its group")
     if "messages" not in row:
-        return Conversation(text + (code or []), where, group=row.get("group"))
+        return Conversation(text + (code or []), where, group=group)
     if (text is None) != (code is None):
         raise UserError(f'{where}: has one of "text" and "code"; give both views, or neither')
     messages = _turns(row["messages"], None, where)
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     pairs = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or turns != (pairs + ["user"] if "group" in row else pairs):
+    if not turns or turns != (pairs + ["user"] if group is not None else pairs):
         raise UserError(f"{where}: roles are {roles}; wanted: system (optional), then user, assistant in turn")
-    return Conversation(messages, where, text, code, row.get("group"))
+    return Conversation(messages, where, text, code, group)
 
 
 VIEWS = {"text": "user", "code": "assistant"}  # who says a view that is given as a string
@@ -129,8 +134,8 @@ def _turns(value, role, where):
 
 def _message(message, where):
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise UserError(f'{where}: a turn must be {{"role": "...", "content": "..."}}, both strings')
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise UserError(f'{where}: a turn must be {{"role": system, user or assistant, "content": "..."}}')
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
@@ -212,7 +217,7 @@ def load(path, tokenizer, limit, k=0, too_long="refuse", **options):
 
 
 def order(lengths, size, seed, epoch, window=64):
-    """One epoch as a list of optimizer steps, each a list of `size` indices: a function of (seed, epoch) alone.
+    """One epoch as a list of optimizer steps, each a list of at most `size` indices: a function of (seed, epoch).
 
     Examples are shuffled; within each `window` steps' worth they are sorted by length, so that the rows of a step are
     about equally long and little is padding; then the steps are shuffled.

@@ -6,7 +6,7 @@ its encoding of Code (paper, section 3):
 
     L = gamma * L_LM(conversation) + lam * d( Pred(Enc(Text)), Enc(Code) )        d: 1 - cosine similarity, or another
 
-    Enc(x)   the hidden state, after the final norm, at the last token of x, where x is read alone
+    Enc(x)   the hidden state, after the final norm, at the last content token of x, where x is read alone
     Pred     no extra network: k learned vectors, the [PRED] tokens, are appended to Text; the state at the last of them
              is Pred(Enc(Text)). The decoder itself is the predictor. k = 0 is the identity: Text's last state.
 
@@ -49,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Segments say who may see what; the [PRED] vectors themselves are marked by their ids, see `LLMJEPA.hidden`.
 TEXT, ANSWER, PRED, CODE, PAD = range(5)
 
 # SEES[q, k]: may a token of segment q attend to a token of segment k?
@@ -84,7 +85,7 @@ def mse(text, code):  # (N, C), (N, C) -> ()
 
 
 def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> ()
-    """Cross-entropy of finding each Text's own Code among the batch's N by cosine similarity."""
+    """Cross-entropy of finding each Text's own Code among the N of this batch by cosine similarity."""
     similarity = F.normalize(text, dim=-1) @ F.normalize(code, dim=-1).T  # (N, N)
     return F.cross_entropy(similarity / temperature, torch.arange(len(text), device=text.device))
 
@@ -128,7 +129,8 @@ class LLMJEPA(nn.Module):
         """The losses of a batch.
 
         step: (labelled tokens, pairs) of the whole optimizer step when this batch is one part of it. Each loss is then
-        this part's share: the parts' losses (and gradients) sum to those of the whole, however it was cut.
+        this part's share: the parts' losses (and gradients) sum to those of the whole, however it was cut (but for
+        infonce, which compares within a part).
         stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
         """
         hidden = self.hidden(batch)

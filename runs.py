@@ -199,7 +199,9 @@ def restore(folder, optimizer, args):
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
     log = args.out / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    if RANK > 0 or not log.exists():
+        return saved["step"], saved["best"]
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved["step"]]
     write_text(log, "".join(kept))
     return saved["step"], saved["best"]

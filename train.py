@@ -57,7 +57,8 @@ def arguments():
     add("--lora_dropout", type=float, default=0.0, help="dropout in front of the adapters")
     add("--lam", type=float, default=1.0, help="weight of the JEPA loss; 0 is plain fine-tuning")
     add("--k", type=int, default=1, help="number of [PRED] tokens behind Text; 0: Text's own last state predicts")
-    add("--distance", choices=sorted(DISTANCES), default="cosine", help="between predicted and actual encoding of Code")
+    add("--distance", choices=sorted(DISTANCES), default="cosine",
+        help="between predicted and actual encoding of Code; infonce has the rest of the forward pass as negatives")
     add("--gamma", type=float, default=1.0, help="weight of the next-token loss")
     add("--loss_dropout", type=float, default=0.0,
         help="probability that a step has the next-token loss only and costs no more than plain fine-tuning")
@@ -80,9 +81,9 @@ def arguments():
     add("--batch_size", type=int, help="examples per forward pass; default 32 for tiny, 4 otherwise")
     add("--grad_accum", type=int, default=1, help="forward passes per optimizer step, averaged exactly")
     add("--lr", type=float, help="peak learning rate; default 2e-3 for tiny, 2e-5 otherwise")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate, to zero")
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the rate after warm-up")
     add("--warmup", type=float, default=0.03, help="part of all steps in which the learning rate rises from zero")
-    add("--weight_decay", type=float, default=0.1, help="on matrices only")
+    add("--weight_decay", type=float, default=0.1, help="on matrices only, embeddings among them")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--too_long", choices=["refuse", "skip"], default="refuse", help="what to do with rows longer than the model")
     add("--seed", type=int, default=0, help="of the initial weights and of the order of the data")
@@ -112,6 +113,9 @@ def check(args):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("init", "tokenizer"):  # a run is resumed and evaluated from any folder
+        if getattr(args, name) not in ("tiny", "synth", "gpt2") and Path(getattr(args, name)).is_dir():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     for name in ("epochs", "batch_size", "grad_accum", "n_layer", "n_head", "d_model", "block_size", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -125,6 +129,10 @@ def check(args):
         raise UserError(f"--k {args.k}: the number of [PRED] tokens cannot be negative; 0 means no predictor")
     if args.d_model % (2 * args.n_head):
         raise UserError(f"--d_model {args.d_model}: must be an even multiple of --n_head {args.n_head}")
+    if args.distance == "infonce" and args.lam > 0 and args.batch_size == 1:
+        raise UserError("--distance infonce tells a Code from the others of its batch; give --batch_size 2 or more")
+    if args.clip == 0 or args.warmup > 1 or args.seed < 0:
+        raise UserError("--clip must be above 0, --warmup at most 1, --seed not negative")
     if not 0 <= args.loss_dropout <= 1:
         raise UserError(f"--loss_dropout {args.loss_dropout}: a probability is between 0 and 1")
     if args.front_pred and args.reverse:
@@ -206,8 +214,9 @@ def losses(run, examples, views):
     batch_size against grad_accum nor the number of processes, which share the micro-batches, changes the result.
     """
     args, step, sums, tokens = run.args, data.count(examples, views), torch.zeros(3, device=run.device), 0
-    chunks = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
-    for chunk in chunks[RANK::WORLD] if torch.is_grad_enabled() else chunks:
+    size = min(args.batch_size, -(-len(examples) // WORLD))  # smaller where a process would have nothing to do
+    chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
+    for chunk in chunks[RANK::WORLD] if torch.is_grad_enabled() else chunks:  # rank 0 validates alone
         batch = data.collate(chunk, args.k, jepa=views, **run.layout)
         tokens += (batch.segment != PAD).sum().item()
         with run.autocast():
@@ -237,7 +246,7 @@ def validate(run):
     run.model.eval()
     views = all(e.code and not (e.own_text and run.args.layout == "fused") for e in examples)
     (total, lm, jepa), _ = losses(run, sorted(examples, key=lambda e: len(e.full)), views)
-    scores = {"val_lm": lm.item(), "val_jepa": jepa.item(), "val_total": total.item()}
+    scores = {"val_lm": lm.item(), "val_total": total.item()} | ({"val_jepa": jepa.item()} if views else {})
     sample = [(c, e) for c, e in zip(conversations, examples, strict=True) if e.answer_start < len(e.full)][:200]
     if not sample:
         run.model.train()
@@ -405,8 +414,9 @@ def main():
     if not done:
         sys.exit(130)
     if RANK == 0:
+        shipped = args.data.resolve().parent == SYNTH.resolve()
         print(f"{args.out} holds the run; see loss.png there. Evaluate it on data that it has not seen:\n"
-              f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if args.data.parent == SYNTH else 'FILE'}")
+              f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if shipped else 'FILE'}")
 
 
 if __name__ == "__main__":

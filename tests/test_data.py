@@ -287,6 +287,9 @@ def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
     ({"text": [], "code": "x"}, "a view must be"),
     ({"text": 3, "code": "x"}, "a view must be"),
     ({"text": " ", "code": "x"}, "empty"),
+    ({"text": [{"role": "tool", "content": "x"}], "code": "x"}, "a turn must be"),
+    ({"text": "a", "code": "b", "group": 7}, "a group and a code"),
+    ({"group": [7]}, "a group must be"),
 ])
 def test_bad_views_are_refused(tmp_path, views, complaint):
     with pytest.raises(UserError) as caught:

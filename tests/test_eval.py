@@ -179,6 +179,23 @@ def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
     assert found["rates"]["hellaswag"]["value"] == 0.25 == found["rates"]["ending"]["value"]
 
 
+def test_exact_prefix_and_contains_differ(tmp_path):
+    golds = write(tmp_path / "x.jsonl", *(chat("q", "ab") for _ in range(4)))
+    outputs = write(tmp_path / "out.jsonl", *({"output": o} for o in ("ab", "abc", "xab", "a")))
+    call("--predictions", outputs, "--data", golds, "--out", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())["rates"]
+    assert {name: rate["value"] for name, rate in found.items()} == {"exact": 0.25, "prefix": 0.5, "contains": 0.75}
+
+
+def test_hellaswag_takes_the_maximum(trained, tmp_path, monkeypatch):
+    values = iter([[-3.0, -1.0, -2.0, -4.0], [-8.0, -9.0, -9.0, -1.0]] * 4)
+    monkeypatch.setattr(generate, "log_likelihoods", lambda *_: next(values))
+    user = "the ring\nA) one lake\nB) two lakes\nC) three lakes\nD) dog"
+    data_file = write(tmp_path / "hellaswag_x.jsonl", *(chat(user, letter) for letter in "ABBD"))
+    call(trained[0], "--data", data_file, "--out", tmp_path / "out")
+    assert {(row["output"]) for row in lines(tmp_path / "out/predictions.jsonl")} == {"B"}
+
+
 def test_why_outputs_are_wrong():
     cases = {("ab", "ab"): None, ("a", "ab"): "stopped too early", ("abc", "ab"): "ran on", ("b", "ab"): "other"}
     assert {case: eval_script.why(*case) for case in cases} == cases

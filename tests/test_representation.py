@@ -44,6 +44,8 @@ def test_the_best_linear_map():
     assert relative < 1e-12 and absolute < 1e-9
     relative, absolute = representation.linear_map(text, RANDOM.normal(size=(400, 5)))
     assert 0.95 < relative < 1.1 and absolute > 30
+    few = representation.linear_map(RANDOM.normal(size=(40, 12)), RANDOM.normal(size=(40, 12)))
+    assert few[0] > 1  # fitted to 20 rows of noise it would look good on those 20
     relative, absolute = representation.linear_map(1e-6 * text, 1e-6 * RANDOM.normal(size=(400, 5)))
     assert relative > 0.95 and absolute < 1e-3  # small encodings make the absolute residual small: no success
 

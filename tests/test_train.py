@@ -173,9 +173,10 @@ def test_pretraining_on_plain_text_and_on_paraphrases(tmp_path):
     assert "val_exact" not in log(tmp_path / "a")[-1] and (tmp_path / "a/best").exists()
 
 
-def test_two_processes_equal_one(toy, tmp_path):
+@pytest.mark.parametrize("accumulated", ["1", "3"])
+def test_two_processes_equal_one(toy, tmp_path, accumulated):
     """Under torchrun two processes share the micro-batches of a step; some steps leave one of them without any."""
-    flags = [*toy, *SMALL, "--grad_accum", "3", "--max_steps", "4"]
+    flags = [*toy, *SMALL, "--grad_accum", accumulated, "--max_steps", "4"]
     alone = train(tmp_path / "alone", *flags)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run(*torchrun, "train.py", "--out", tmp_path / "both", *flags)
@@ -307,6 +308,9 @@ def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
     (["--front_pred", "--layout", "paper", "--k", "0"], "--k 0"),
     (["--reverse", "--k", "0"], "--k 0"),
     (["--front_pred"], "add --layout paper"),
+    (["--distance", "infonce", "--batch_size", "1"], "--batch_size 2"),
+    (["--clip", "0"], "--clip"),
+    (["--seed", "-1"], "--seed"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(toy, tmp_path, refused, flags, complaint):
     out = [] if "--resume" in flags else ["--out", tmp_path / "run", *toy, *SMALL]
