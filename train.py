@@ -246,7 +246,8 @@ def validate(run):
     run.model.eval()
     views = all(e.code and not (e.own_text and run.args.layout == "fused") for e in examples)
     (total, lm, jepa), _ = losses(run, sorted(examples, key=lambda e: len(e.full)), views)
-    scores = {"val_lm": lm.item(), "val_total": total.item()} | ({"val_jepa": jepa.item()} if views else {})
+    scores = {"val_lm": lm.item(), "val_jepa": jepa.item() if views else None, "val_total": total.item()}
+    scores = {name: value for name, value in scores.items() if value is not None}
     sample = [(c, e) for c, e in zip(conversations, examples, strict=True) if e.answer_start < len(e.full)][:200]
     if not sample:
         run.model.train()
