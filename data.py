@@ -127,7 +127,8 @@ def _turns(value, role, where):
         raise UserError(f'{where}: a view must be a string or a list of turns with "role" and "content"')
     messages = [_message(message, where) for message in messages]
     for message in messages[-2:]:
-        if message["role"] != "system" and not message["content"].strip():
+        system = message["role"] == "system" and not (role and message is messages[-1])  # a view is read at its end
+        if not system and not message["content"].strip():
             raise UserError(f"{where}: the {message['role']}'s last turn is empty; nothing can be learnt from it")
     return messages
 
