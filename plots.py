@@ -21,6 +21,13 @@ def read_log(run):
         return [json.loads(line) for line in file]
 
 
+def training_of(run):
+    """What a run was trained on, for titles: data file and seed."""
+    with open(Path(run) / "config.json", encoding="utf-8") as file:
+        settings = json.load(file)["arguments"]
+    return f"{Path(settings['data']).name}, seed {settings['seed']}"
+
+
 def save(figure, path):
     """Write a figure, whole or not at all."""
     path = Path(path)
@@ -31,12 +38,15 @@ def save(figure, path):
 
 
 def losses(runs, path):
-    """Training (line) and validation (dots) of each run: the language-model loss and the JEPA loss apart."""
+    """Training (line) and validation (dots) of each run: the language-model loss and the JEPA loss apart.
+
+    runs: folders, or {name: folder}.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     names = {"lm": "next-token loss (nats per token)", "jepa": "JEPA loss (distance per pair)"}
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+    named = runs if isinstance(runs, dict) else {Path(run).name: run for run in runs}
+    for (title, run), colour in zip(named.items(), COLOURS * len(named), strict=False):
         lines = read_log(run)
-        title = Path(run).name
         for axis, name in zip(axes, names, strict=True):
             train = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             val = [(line["step"], line[f"val_{name}"]) for line in lines if f"val_{name}" in line]
@@ -51,6 +61,8 @@ def losses(runs, path):
             axis.legend()
         if axis.has_data() and axis.dataLim.ymin > 0:
             axis.set_yscale("log")
+    figure.suptitle("Training on " + "; ".join(dict.fromkeys(map(training_of, named.values()))))
+    figure.tight_layout()
     save(figure, path)
 
 
@@ -61,7 +73,8 @@ def tsne(text, code, title, path, most=500):
     n = min(len(text), most)
     both = np.concatenate([text[:n], code[:n]])
     both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)  # the loss compares directions
-    points = TSNE(perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=0).fit_transform(both)
+    start = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of a single point is not defined
+    points = TSNE(perplexity=min(30, (len(both) - 1) / 3), init=start, random_state=0).fit_transform(both)
     figure, axis = plt.subplots(figsize=(7, 7))
     axis.plot(*np.stack([points[:n], points[n:]]).transpose(2, 0, 1), color="#999999", linewidth=0.5, alpha=0.3)
     axis.scatter(*points[:n].T, s=12, color=COLOURS[0], marker="o", label="Text: Pred(Enc(Text))")

@@ -1,18 +1,28 @@
 """The command that evaluates: metrics recomputed here, interruptions, comparisons, other systems' outputs, mistakes."""
 
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import SMALL, inside, toy_rows
 
 import cli
+import data
 import eval as eval_script
 import generate
+import results
+import runs
 import score
+import tokenizer as tokenizers
+from jepa import mask
 
+ROOT = Path(__file__).parent.parent
 ORACLE = Path(__file__).parent / "oracle/model"
 
 
@@ -45,21 +55,39 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(rows, tmp_path_factory):
-    """Two runs, one of which has learnt the first letters."""
+    """Two runs, one of which has learnt about half of the rows."""
     folder = tmp_path_factory.mktemp("runs")
+    often = folder / "often.jsonl"  # an epoch ends with a checkpoint and a picture: ten times the rows, few epochs
+    often.write_text(rows.read_text() * 10)
     inside("--out", folder / "a", "--data", rows, *SMALL)
-    inside("--out", folder / "b", "--data", rows, *SMALL, "--epochs", "40", "--lr", "1e-2", "--seed", "1")
+    inside("--out", folder / "b", "--data", often, *SMALL, "--epochs", "4", "--lr", "1e-2", "--lam", "0", "--seed", "1")
     return folder / "a", folder / "b"
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(user, answer):
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+
+
+# ---- one model
 
 
 def test_metrics_are_those_of_the_predictions(trained, rows, capsys):
     run = trained[1]
     call(run, "--data", rows, "--max_new_tokens", "12")
-    predictions, found = lines(run / "predictions.jsonl"), json.loads((run / "metrics.json").read_text())
+    predictions, found, shown = lines(run / "predictions.jsonl"), metrics(run), capsys.readouterr().out
     golds = [json.loads(line)["messages"][-1]["content"] for line in rows.read_text().splitlines()]
     assert [p["gold"] for p in predictions] == golds and [p["row"] for p in predictions] == list(range(1, 31))
     exact = sum(p["output"] == gold for p, gold in zip(predictions, golds, strict=True))
@@ -69,10 +97,22 @@ def test_metrics_are_those_of_the_predictions(trained, rows, capsys):
     assert found["rates"]["prefix"]["value"] == prefix / 30
     assert found["rates"]["stopped"]["value"] == sum(p["stopped"] for p in predictions) / 30
     assert sum(found["wrong"].values()) == 30 - exact and "same_language" in found["rates"]
-    assert found["representation"]["n"] == 30 and found["verdict"] in capsys.readouterr().out
+    assert found["representation"]["n"] == 30 and found["verdict"] in shown
+    assert f"{exact / 30:.2%}" in shown and "task: exact (guessed" in shown
     for name in ("tsne.png", "spectrum.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
-    assert not (run / "predictions.partial.jsonl").exists()
+
+
+def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
+    """A run in the paper layout: its Text has no system turn, and so the figures are those of that view."""
+    inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", "--reverse", "--max_steps", "2")
+    call(tmp_path / "run", "--data", rows, "--max_new_tokens", "1")
+    model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), tokenizers.load("synth")
+    examples = [data.example(c, tokenizer) for c in data.read(rows)]
+    with torch.no_grad():
+        text, code = model.encodings(data.collate(examples, 1, layout="paper", reverse=True))
+    found = metrics(tmp_path / "run")["representation"]["cosine_aligned"]
+    assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)
 
 
 def test_the_batch_size_changes_nothing(trained, rows, tmp_path):
@@ -82,7 +122,7 @@ def test_the_batch_size_changes_nothing(trained, rows, tmp_path):
 
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "1", "--seed", "5"]])
-def test_an_interrupted_evaluation_goes_on(trained, rows, tmp_path, monkeypatch, sampling):
+def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_kept(trained, rows, tmp_path, monkeypatch, sampling):
     flags = [trained[1], "--data", rows, "--batch_size", "4", "--max_new_tokens", "12", *sampling, "--out"]
     call(*flags, tmp_path / "straight")
     whole, calls = generate.decode, []
@@ -96,55 +136,209 @@ def test_an_interrupted_evaluation_goes_on(trained, rows, tmp_path, monkeypatch,
     monkeypatch.setattr(generate, "decode", breaks)
     with pytest.raises(KeyboardInterrupt):
         call(*flags, tmp_path / "stopped")
-    partial = tmp_path / "stopped/predictions.partial.jsonl"
-    assert len(lines(partial)) == 1 + 12  # the header, and three batches
-    with open(partial, "a") as file:
+    kept = tmp_path / "stopped/answers.jsonl"
+    assert len(lines(kept)) == 1 + 12  # the header, and three batches
+    with open(kept, "a") as file:
         file.write('{"row": 30, "outp')  # and half a line
     calls[:] = [0, 0, 0, 0]
     call(*flags, tmp_path / "stopped")
     assert sum(calls) == 18, "rows that were answered must not be answered again"
     assert lines(tmp_path / "stopped/predictions.jsonl") == lines(tmp_path / "straight/predictions.jsonl")
+    call(*flags, tmp_path / "stopped")
+    assert sum(calls) == 18, "nor those of a finished evaluation"
+    call(*flags, tmp_path / "stopped", "--max_new_tokens", "3")
+    assert sum(calls) == 18 + 30, "other settings, other answers"
+    call(*flags, tmp_path / "stopped", "--temperature", "1", "--seed", "6", "--max_new_tokens", "3")
+    assert sum(calls) == 18 + 60, "another seed, other samples"
+
+
+def test_the_best_weights_are_evaluated_or_else_the_last(trained, rows, tmp_path):
+    run = Path(shutil.copytree(trained[1], tmp_path / "run"))
+    shutil.rmtree(run / "best")
+    shutil.copytree(trained[0] / "best", run / "best")
+    for source in ("best", "checkpoint"):
+        call(run, "--data", rows, "--max_new_tokens", "1")
+        assert runs.sha256(run / source / "model.safetensors")[:16] in metrics(run)["weights"]
+        shutil.rmtree(run / source)
+
+
+def test_damaged_answers_are_told_of(trained, rows, tmp_path, refused):
+    call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
+    kept = (tmp_path / "answers.jsonl").read_text().split("\n")
+    (tmp_path / "answers.jsonl").write_text("\n".join([kept[0], "half", *kept[2:]]))
+    again = trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path
+    assert "answers.jsonl: is damaged" in refused(*again)
+
+
+def test_rows_that_do_not_fit_are_refused_or_skipped_and_keep_their_numbers(trained, rows, tmp_path, refused):
+    long = chat("a " * 600, "A")
+    mixed = write(tmp_path / "mixed.jsonl", long, *lines(rows)[:5], long, *lines(rows)[5:7])
+    flags = [trained[1], "--data", mixed, "--max_new_tokens", "12", "--out", tmp_path / "out"]
+    assert "mixed.jsonl:1: needs" in refused(*flags)
+    call(*flags, "--too_long", "skip", "--temperature", "1")
+    skipped = lines(tmp_path / "out/predictions.jsonl")
+    assert [row["row"] for row in skipped] == [2, 3, 4, 5, 6, 8, 9]
+    call(trained[1], "--data", write(tmp_path / "same.jsonl", *([lines(rows)[0]] * 2), *lines(rows)[1:4]),
+         "--max_new_tokens", "12", "--temperature", "1", "--out", tmp_path / "other")
+    by_row = {row["row"]: row["output"] for row in lines(tmp_path / "other/predictions.jsonl")}
+    assert by_row[2] == skipped[0]["output"], "a sample depends on the row's number, not on what was skipped"
+
+
+def test_an_untouched_hugging_face_model(rows, tmp_path, refused):
+    call(ORACLE, "--data", rows, "--limit", "6", "--max_new_tokens", "4", "--out", tmp_path / "base")
+    found = metrics(tmp_path / "base")
+    assert found["n"] == 6
+    figures = found["representation"]
+    assert figures["effective_rank_text"] == figures["effective_rank_pred"], "without [PRED], Pred is the identity"
+    assert "--out" in refused(ORACLE, "--data", rows)
+
+
+def test_before_and_after(trained, rows, tmp_path, capsys):
+    """--base gives the figures that the base model gets when it is evaluated itself."""
+    call(trained[0], "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "base")
+    call(trained[1], "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "run", "--base", trained[0])
+    found, base = metrics(tmp_path / "run"), metrics(tmp_path / "base")
+    assert found["representation_before"] == base["representation"] != found["representation"]
+    shown = f"{base['representation']['effective_rank_code']:10.4f}"
+    assert shown + " " + f"{found['representation']['effective_rank_code']:10.4f}" in capsys.readouterr().out
+
+
+def test_gold_answers_beyond_the_budget_are_told_of(trained, rows, tmp_path, capsys):
+    call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
+    assert "warning: 30 gold answers are longer than --max_new_tokens 2" in capsys.readouterr().err
+
+
+def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
+    """Against one plain forward pass for each letter and ending."""
+    endings = ["a b c", "h g", "d e f a", "c"]
+    users = ["the ring\n" + "\n".join(f"{letter}) {endings[(i + j) % 4]}" for j, letter in enumerate("ABCD"))
+             for i in range(4)]
+    data_file = write(tmp_path / "hellaswag_x.jsonl", *(chat(user, "B") for user in users))
+    call(trained[1], "--data", data_file, "--out", tmp_path / "out")
+    found, rows = metrics(tmp_path / "out"), lines(tmp_path / "out/predictions.jsonl")
+    model, tokenizer = runs.load_model(trained[1] / "best").eval(), tokenizers.load("synth")
+
+    def likelihood(user, answer):
+        prompt = [i for piece in tokenizer.chat([{"role": "user", "content": user}]) for i in piece.ids]
+        header = tokenizer.chat([{"role": "assistant", "content": answer}])[0].ids
+        ids = torch.tensor([prompt + header + tokenizer.encode(answer)])
+        with torch.no_grad():
+            hidden = model.decoder.hidden(ids, mask(torch.zeros_like(ids)), torch.arange(ids.shape[1])[None])
+            logits = model.decoder.logits(hidden)[0].log_softmax(-1)
+        first = len(prompt) + len(header)
+        return logits[range(first - 1, ids.shape[1] - 1), ids[0, first:]].mean().item()
+
+    for i, row in enumerate(rows):
+        assert row["output"] == max("ABCD", key=lambda letter: likelihood(users[i], letter))
+        best = max(range(4), key=lambda j: likelihood("the ring", endings[(i + j) % 4]))
+        assert row["ending_letter"] == "ABCD"[best]
+    assert found["rates"]["hellaswag"]["value"] == sum(row["output"] == "B" for row in rows) / 4
+    assert found["rates"]["ending"]["value"] == 0.25 and "stopped" not in found["rates"]
+
+
+# ---- several models
 
 
 def test_comparison_and_report(trained, rows, tmp_path, capsys):
-    call(*trained, "--data", rows, "--max_new_tokens", "12", "--out", tmp_path, "--report", tmp_path / "ab.md")
-    shown, report = capsys.readouterr().out, (tmp_path / "ab.md").read_text()
+    call(*trained, "--data", rows, "--max_new_tokens", "12", "--out", tmp_path, "--report", tmp_path / "r/ab.md")
+    shown, report = capsys.readouterr().out, (tmp_path / "r/ab.md").read_text()
     a, b = (lines(tmp_path / name / "predictions.jsonl") for name in "ab")
     ours, theirs = [row["exact"] for row in b], [row["exact"] for row in a]
     middle, low, high = score.paired_bootstrap(ours, theirs, 0)
     assert middle > 0.2 and f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]" in report
     assert f"{score.mcnemar(ours, theirs):.3g}" in report and "stopped too early" in report
-    assert all(line in shown for line in report.splitlines() if line.startswith("| exact match"))
-    assert (tmp_path / "ab-losses.png").exists() and (tmp_path / "ab-spectrum.png").exists()
-    assert "![loss curves](ab-losses.png)" in report
+    assert all(line in shown for line in report.splitlines() if line.startswith("| "))
+    pictures = [line.split("](")[1][:-1] for line in report.splitlines() if line.startswith("![")]
+    assert len(pictures) == 4 and all((tmp_path / "r" / name).exists() for name in pictures)
+    assert "ab-losses.png" in pictures and "ab-spectrum.png" in pictures
 
 
-def test_an_untouched_hugging_face_model(rows, tmp_path, refused):
-    call(ORACLE, "--data", rows, "--limit", "6", "--max_new_tokens", "4", "--out", tmp_path / "base")
-    assert json.loads((tmp_path / "base/metrics.json").read_text())["n"] == 6
-    assert "--out" in refused(ORACLE, "--data", rows)
+def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path, refused):
+    folders = [run / "best" for run in trained]
+    flags = ["--data", rows, "--limit", "5", "--max_new_tokens", "2", "--tokenizer", "synth", "--out", tmp_path]
+    call(*folders, *flags)
+    assert metrics(tmp_path / "a-best")["weights"] != metrics(tmp_path / "b-best")["weights"]
+    assert (tmp_path / "comparison.md").exists() and "| a-best" in (tmp_path / "comparison.md").read_text()
+    assert "twice" in refused(trained[0], trained[0], *flags)
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_systems_that_skipped_different_rows_are_paired_by_row():
+    def result(name, found):
+        rows = [{"row": number, "exact": exact, "wrong_because": None if exact else "other"} for number, exact in found]
+        return results.Result(name, rows)
+
+    one, two = result("one", [(1, True), (2, False), (3, True)]), result("two", [(2, True), (3, True), (4, False)])
+    middle, low, high = score.paired_bootstrap([1, 1], [0, 1], 0)
+    found = results.difference(two, one, "exact", 0)
+    assert found == (f"{middle:+.2%} [{low:+.2%}, {high:+.2%}], 2 rows", "1")
+    assert results.difference(result("none", [(9, True)]), one, "exact", 0) == ("-", "-")
+    table = results.comparison([one, two], "exact", 0)
+    assert ["not exact: other", "1", "1"] in table and len({len(row) for row in table}) == 1
 
 
-def chat(user, answer):
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+def test_why_outputs_are_wrong():
+    cases = {("ab", "ab"): None, ("a", "ab"): "stopped too early", ("", "ab"): "stopped too early",
+             ("abc", "ab"): "ran on", ("b", "ab"): "other"}
+    assert {case: results.why(*case) for case in cases} == cases
+
+
+def test_a_name_with_a_bar_does_not_break_the_table():
+    assert results.markdown([["", "a|b"], ["x", "1"]]) == ["|   | a\\|b |", "|---|------|", "| x | 1    |"]
+
+
+# ---- other systems' outputs
 
 
 def test_other_systems_outputs(tmp_path, refused, capsys):
     golds = write(tmp_path / "gsm8k_x.jsonl", chat("1 + 1", "two #### 2"), chat("2", "#### 1,000"), chat("3", "#### 3"))
-    outputs = write(tmp_path / "out.jsonl", {"output": "#### 2 ok"}, {"output": "it is 5 #### $1000"}, {"output": ""})
-    call("--predictions", outputs, "--data", golds, "--out", tmp_path / "m.json")
-    found = json.loads((tmp_path / "m.json").read_text())
+    out = tmp_path / "out.jsonl"
+    write(out, {"output": "#### 2 ok"}, {"output": "it is 5 #### $1000"}, {"output": ""})
+    call("--predictions", out, "--data", golds, "--out", tmp_path / "new/m.json")
+    found = json.loads((tmp_path / "new/m.json").read_text())
     assert found["task"] == "gsm8k" and found["rates"]["gsm8k"]["value"] == pytest.approx(2 / 3)
     assert "task: gsm8k" in capsys.readouterr().out and "stopped" not in found["rates"]
-    write(outputs, {"output": "a"}, {"text": "b"}, {"output": "c"})
-    assert "out.jsonl:2:" in refused("--predictions", outputs, "--data", golds)
-    write(outputs, {"output": "a"})
-    assert "1 outputs for 3 rows" in refused("--predictions", outputs, "--data", golds)
+    flags = ["--predictions", out, "--data", golds]
+    write(out, {"output": "a"}, {"text": "b"}, {"output": "c"})
+    assert "out.jsonl:2:" in refused(*flags)
+    out.write_text('{"output": "a"}\n{"output": "b"\n{"output": "c"}\n')
+    assert "out.jsonl:2:" in refused(*flags)
+    write(out, {"output": "a"})
+    assert f"out.jsonl:2: the file ends, with no output for {golds}:2" in refused(*flags)
+    write(out, *[{"output": "a"}] * 4)
+    assert "out.jsonl:4: --data has only 3 rows" in refused(*flags)
+    assert "nowhere" in refused("--predictions", tmp_path / "nowhere", "--data", golds)
+
+
+def test_exact_prefix_and_contains_differ(tmp_path):
+    golds = write(tmp_path / "x.jsonl", *(chat("q", "ab") for _ in range(4)))
+    outputs = write(tmp_path / "out.jsonl", *({"output": o} for o in ("ab", "abc", "xab", "a")))
+    call("--predictions", outputs, "--data", golds, "--out", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())["rates"]
+    assert {name: rate["value"] for name, rate in found.items()} == {"exact": 0.25, "prefix": 0.5, "contains": 0.75}
+
+
+def test_line_separators_inside_an_output_end_no_line(tmp_path):
+    golds = write(tmp_path / "x.jsonl", chat("1", "one\u2028two"), chat("2", "b\x85c"))
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"output": "one\u2028two"}\n{"output": "b\x85c"}\n\n', encoding="utf-8")
+    call("--predictions", out, "--data", golds, "--out", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["rates"]["exact"]["value"] == 1
+
+
+@pytest.mark.parametrize("name", ["synth_x.jsonl", "hellaswag_x.jsonl"])
+def test_a_models_own_predictions_score_the_same_without_it(trained, rows, tmp_path, name):
+    """The same rates from predictions.jsonl, in a process that never imports a model or a tokenizer."""
+    source = lines(rows) if name[0] == "s" else [chat("the ring\nA) a\nB) b c\nC) d\nD) e", x) for x in "ABCDA"]
+    data_file, out = write(tmp_path / name, *source), tmp_path / "out"
+    call(trained[1], "--data", data_file, "--max_new_tokens", "12", "--out", out)
+    program = ("import sys, cli, eval; cli.run(eval.main); "
+               "print([m for m in ('model', 'weights', 'tokenizer', 'tiktoken', 'tokenizers') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", program, "--predictions", out / "predictions.jsonl", "--data",
+                           data_file, "--out", tmp_path / "m.json"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
+    again, found = json.loads((tmp_path / "m.json").read_text()), metrics(out)
+    assert all(again[key] == found[key] for key in ("n", "rates", "unscorable", "wrong", "task"))
 
 
 def test_spider_is_executed_and_a_broken_gold_query_left_out(tmp_path, refused, capsys):
@@ -163,62 +357,57 @@ def test_spider_is_executed_and_a_broken_gold_query_left_out(tmp_path, refused, 
         "SELECT name FROM item ORDER BY price DESC")))
     flags = ["--predictions", outputs, "--data", golds, "--out", tmp_path / "m.json"]
     call(*flags, "--databases", tmp_path / "dbs")
-    found = json.loads((tmp_path / "m.json").read_text())
+    found, shown = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr()
     assert found["rates"]["spider"]["n"] == 3 and found["rates"]["spider"]["value"] == pytest.approx(1 / 3)
-    assert found["unscorable"] == 1 and "spider_x.jsonl:3: cannot be scored" in capsys.readouterr().err
-    assert database.read_bytes() == before
+    assert found["unscorable"] == 1 and "spider_x.jsonl:3: cannot be scored" in shown.err
+    assert "1 rows cannot be scored" in shown.out and database.read_bytes() == before
     assert "--databases" in refused(*flags)
 
 
-def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
-    user = "the ring\nA) one lake\nB) two lakes\nC) three lakes\nD) dog"
-    data_file = write(tmp_path / "hellaswag_x.jsonl", *(chat(user, letter) for letter in "ABCD"))
-    call(trained[0], "--data", data_file, "--out", tmp_path / "out")
-    found, rows = json.loads((tmp_path / "out/metrics.json").read_text()), lines(tmp_path / "out/predictions.jsonl")
-    assert {row["output"] for row in rows} <= set("ABCD") and len({row["output"] for row in rows}) == 1
-    assert found["rates"]["hellaswag"]["value"] == 0.25 == found["rates"]["ending"]["value"]
-
-
-def test_exact_prefix_and_contains_differ(tmp_path):
-    golds = write(tmp_path / "x.jsonl", *(chat("q", "ab") for _ in range(4)))
-    outputs = write(tmp_path / "out.jsonl", *({"output": o} for o in ("ab", "abc", "xab", "a")))
-    call("--predictions", outputs, "--data", golds, "--out", tmp_path / "m.json")
-    found = json.loads((tmp_path / "m.json").read_text())["rates"]
-    assert {name: rate["value"] for name, rate in found.items()} == {"exact": 0.25, "prefix": 0.5, "contains": 0.75}
-
-
-def test_hellaswag_takes_the_maximum(trained, tmp_path, monkeypatch):
-    values = iter([[-3.0, -1.0, -2.0, -4.0], [-8.0, -9.0, -9.0, -1.0]] * 4)
-    monkeypatch.setattr(generate, "log_likelihoods", lambda *_: next(values))
-    user = "the ring\nA) one lake\nB) two lakes\nC) three lakes\nD) dog"
-    data_file = write(tmp_path / "hellaswag_x.jsonl", *(chat(user, letter) for letter in "ABBD"))
-    call(trained[0], "--data", data_file, "--out", tmp_path / "out")
-    assert {(row["output"]) for row in lines(tmp_path / "out/predictions.jsonl")} == {"B"}
-
-
-def test_why_outputs_are_wrong():
-    cases = {("ab", "ab"): None, ("a", "ab"): "stopped too early", ("abc", "ab"): "ran on", ("b", "ab"): "other"}
-    assert {case: eval_script.why(*case) for case in cases} == cases
-
-
-def test_long_gold_answers_are_told_of(trained, rows, tmp_path, capsys):
-    call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
-    assert "warning: gold answers have up to" in capsys.readouterr().err
+# ---- mistakes
 
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--limit", "0"], "--limit 0"),
-    (["--temperature", "-1"], "--temperature"),
-    (["--top_p", "0"], "--top_p"),
+    (["--temperature", "-1"], "--temperature -1"),
+    (["--temperature", "nan"], "--temperature nan"),
+    (["--top_p", "0"], "--top_p 0"),
+    (["--top_p", "0.5"], "needs a --temperature"),
+    (["--seed", "-1"], "--seed -1"),
     (["--limit", "3"], "at least 4"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--predictions", "x.jsonl"], "either"),
+    (["--tokenizer", "nonsense"], "nonsense"),
+    (["--base", "nowhere"], "nowhere"),
+    (["--device", "toaster"], "--device toaster"),
 ])
 def test_mistakes_are_one_line(trained, rows, refused, tmp_path, flags, complaint):
-    assert complaint in refused(trained[0], "--data", rows, "--out", tmp_path / "out", *flags)
+    assert complaint in refused(trained[0], "--data", rows, "--out", tmp_path / "out", "--max_new_tokens", "1", *flags)
 
 
-def test_what_is_no_run(rows, refused, tmp_path):
-    assert "no run here" in refused(tmp_path, "--data", rows)
-    (tmp_path / "config.json").write_text('{"arguments": ')
-    assert "config.json" in refused(tmp_path, "--data", rows)
+def test_what_is_no_run(trained, rows, refused, tmp_path):
+    assert "no config.json" in refused(tmp_path, "--data", rows)
     assert "either" in refused("--data", rows)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in refused(tmp_path, "--data", rows)
+    young = Path(shutil.copytree(trained[0], tmp_path / "young", ignore=shutil.ignore_patterns("best", "checkpoint")))
+    assert "holds no checkpoint yet" in refused(young, "--data", rows)
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in refused(trained[0], "--data", rows, "--out", tmp_path / "file/out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(rows, refused, tmp_path):
+    smaller = Path(shutil.copytree(ORACLE, tmp_path / "smaller"))
+    vocabulary = json.loads((ORACLE / "config.json").read_text())["vocab_size"]
+    inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--max_steps", "1")
+    if vocabulary > 512:
+        flags = [tmp_path / "run", "--tokenizer", smaller]
+    else:
+        flags = [smaller, "--tokenizer", "synth", "--out", tmp_path / "out"]
+    assert "the model's embedding only" in refused(*flags, "--data", rows)
+
+
+def test_rows_without_an_answer_are_refused(trained, tmp_path, refused):
+    plain = write(tmp_path / "plain.jsonl", chat("a", "A"), *[{"text": f"the ring in lake {i}"} for i in range(4)])
+    for flags in ([trained[0], "--out", tmp_path / "out"], ["--predictions", plain]):
+        assert "plain.jsonl:2: must end with" in refused(*flags, "--data", plain)

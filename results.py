@@ -1,0 +1,235 @@
+"""From outputs to figures: judge every row, sum up, compare systems. In: outputs and conversations. Out: plain dicts.
+
+Nothing here knows models or tokens, so the outputs of any system can be scored. Whether one answer is right is decided
+in score.py and regular.py; eval.py prints and writes what this file makes.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+import regular
+import score
+from cli import UserError
+
+RATES = {"exact": "exact match", "prefix": "starts with the gold answer", "contains": "contains the gold answer",
+         "stopped": "ended by the stop token", "same_language": "same language as the gold regex",
+         "spider": "same result when executed", "gsm8k": "right number after ####", "nq_open": "names a gold answer",
+         "label": "right label", "hellaswag": "right letter", "ending": "likeliest ending is right"}
+REASONS = ("stopped too early", "ran on", "other")
+FIGURES = {
+    "cosine_aligned": "cosine of pairs, Pred(Enc(Text)) and Enc(Code)", "cosine_shuffled": "cosine of shuffled pairs",
+    "cosine_gap": "pairs minus shuffled pairs",
+    "retrieval_at_1_text_to_code": "retrieval@1, Text to Code",
+    "retrieval_at_1_code_to_text": "retrieval@1, Code to Text",
+    "mrr_text_to_code": "mean reciprocal rank, Text to Code", "mrr_code_to_text": "mean reciprocal rank, Code to Text",
+    "effective_rank_text": "effective rank, Enc(Text)", "effective_rank_pred": "effective rank, Pred(Enc(Text))",
+    "effective_rank_code": "effective rank, Enc(Code)", "mean_pairwise_cosine_text": "mean pairwise cosine, Enc(Text)",
+    "mean_pairwise_cosine_pred": "mean pairwise cosine, Pred(Enc(Text))",
+    "mean_pairwise_cosine_code": "mean pairwise cosine, Enc(Code)",
+    "linear_residual_relative": "best linear map, relative residual on held-out rows",
+    "linear_residual_absolute": "the same as in the paper: absolute, not held out",
+    "top100_singular_values_of_difference": "mean of top 100 singular values, Text - Code",
+}
+
+
+@dataclass
+class Result:
+    """What was found about one system."""
+
+    name: str
+    rows: list  # what `judge` makes
+    figures: dict = field(default_factory=dict)  # about the encodings (representation.report); empty without a model
+    before: dict = field(default_factory=dict)  # the same figures of the model that training began with
+    verdict: str = ""  # one sentence on the encodings
+
+
+def progress(rows, label, **options):
+    """A progress bar with an estimate of the time left; in a log file only now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(rows, label, unit="row", leave=False, mininterval=interval, **options)
+
+
+def write(path, text):
+    """Write a file, whole or not at all; its folder is made if need be."""
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}; choose another place for the results") from None
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1) + "\n")
+
+
+def check_answered(conversations):
+    """Refuse rows that have no gold answer to score by."""
+    for conversation in conversations:
+        if [message["role"] for message in conversation.messages[-2:]] != ["user", "assistant"]:
+            raise UserError(f"{conversation.where}: must end with a question and its answer, to be scored by")
+
+
+def row_number(conversation):
+    """The line of the data file that a conversation stands on."""
+    return int(conversation.where.rpartition(":")[2])
+
+
+def read_outputs(path, conversations):
+    """The outputs of another system: line i of `path` is {"output": ...} for conversation i. Of other keys only
+    "stopped" and "ending_letter" count, which eval.py itself writes."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028 as it is
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UserError(f"{path}: cannot be read ({failure}); give a JSONL file of outputs") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    answers = []
+    for number, line in enumerate(lines, 1):
+        try:
+            made = json.loads(line)
+        except (ValueError, RecursionError):
+            made = None
+        if not isinstance(made, dict) or not isinstance(made.get("output"), str):
+            raise UserError(f'{path}:{number}: must be {{"output": "..."}}, one line for each row of --data')
+        if number > len(conversations):
+            raise UserError(f"{path}:{number}: --data has only {len(conversations)} rows; give one output for each")
+        answers.append({"row": row_number(conversations[number - 1]), "output": made["output"]})
+        answers[-1] |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
+                        if isinstance(made.get(name), kind)}
+    if len(answers) < len(conversations):
+        missing = conversations[len(answers)].where
+        raise UserError(f"{path}:{len(answers) + 1}: the file ends, with no output for {missing} and what follows; "
+                        f"give {len(conversations)} outputs, or --limit {len(answers)}")
+    return answers
+
+
+def judge(answers, conversations, task, databases=None, is_regex=False):
+    """One dict per row: the answer, question, gold answer, each score (None: cannot be scored), why it is wrong."""
+    rows, broken = [], 0
+    pairs = progress(zip(answers, conversations, strict=True), "scores", total=len(answers))
+    for made, conversation in pairs:
+        user, gold = (message["content"] for message in conversation.messages[-2:])
+        output = made["output"]
+        row = made | {"text": user, "gold": gold, "exact": score.exact(output, gold),
+                      "prefix": score.starts_with_gold(output, gold), "contains": gold.strip() in output}
+        if is_regex:
+            row["same_language"] = regular.same_regex(output, gold)
+        if "ending_letter" in made:
+            row["ending"] = made["ending_letter"] == gold.strip()
+        if task != "exact":
+            try:
+                row[task] = score.correct(task, output, gold, user, databases)
+            except score.CannotScore as reason:
+                row[task], broken = None, broken + 1
+                if broken <= 20:
+                    tqdm.write(f"{conversation.where}: cannot be scored, left out: {reason}", file=sys.stderr)
+        row["wrong_because"] = why(output.strip(), gold.strip())
+        rows.append(row)
+    if broken > 20:
+        print(f"and {broken - 20} more rows that cannot be scored", file=sys.stderr)
+    return rows
+
+
+def why(output, gold):
+    """None if equal, else how the output differs from the gold answer: one of REASONS."""
+    if output == gold:
+        return None
+    return "stopped too early" if gold.startswith(output) else "ran on" if output.startswith(gold) else "other"
+
+
+def rates(rows):
+    """{metric: {"value", "low", "high", "n"}}: the share of rows that can be scored, 95 % Wilson interval."""
+    shares = {}
+    for name in RATES:
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known:
+            low, high = score.wilson(sum(known), len(known))
+            shares[name] = {"value": sum(known) / len(known), "low": low, "high": high, "n": len(known)}
+    return shares
+
+
+def metrics(result, task, **more):
+    """What metrics.json holds."""
+    rows = result.rows
+    found = {"system": result.name, "task": task, "n": len(rows), **more, "rates": rates(rows),
+             "unscorable": sum(row.get(task, True) is None for row in rows),
+             "wrong": {reason: sum(row["wrong_because"] == reason for row in rows) for reason in REASONS}}
+    if result.figures:
+        found |= {"representation": result.figures, "verdict": result.verdict}
+    if result.before:
+        found["representation_before"] = result.before
+    return found
+
+
+# ---- what people read
+
+
+def summary(result, task, data_name):
+    """Lines that say what one wants to know about one system, on one screen."""
+    found = metrics(result, task)
+    lines = [f"{result.name} on {data_name}: {found['n']} rows, task {task}"]
+    for name, share in found["rates"].items():
+        interval = f"95 % interval [{share['low']:6.1%}, {share['high']:6.1%}]"
+        lines.append(f"  {RATES[name]:32s} {share['value']:7.2%}   {interval}")
+    if found["unscorable"]:
+        lines.append(f"  {found['unscorable']} rows cannot be scored and are left out of the rate above")
+    lines.append("  not exact: " + ", ".join(f"{n} {reason}" for reason, n in found["wrong"].items()))
+    if result.figures:
+        lines.append(f"{'Encodings':54s} {'before':>10s} {'after':>10s}" if result.before else "Encodings")
+        for name, label in FIGURES.items():
+            values = [figures[name] for figures in (result.before, result.figures) if figures]
+            lines.append(f"  {label:52s} " + " ".join(f"{value:10.4f}" for value in values))
+        lines.append(f"  {result.verdict}")
+    return lines
+
+
+def comparison(results, task, seed):
+    """Rows of a table: every metric of every system, the differences to the first, why outputs are wrong, figures."""
+    first, rest = results[0], results[1:]
+    every = [rates(result.rows) for result in results]
+    table = [["", *(result.name for result in results)]]
+    for name, label in RATES.items():
+        cells = [f"{s[name]['value']:.2%} [{s[name]['low']:.1%}, {s[name]['high']:.1%}]" if name in s else "-"
+                 for s in every]
+        if any(cell != "-" for cell in cells):
+            table.append([label, *cells])
+    for metric in dict.fromkeys(("exact", task, "same_language") if rest else ()):
+        if metric in every[0]:
+            differences = [difference(result, first, metric, seed) for result in rest]
+            table.append([f"{RATES[metric]}: difference to {first.name}", "", *(cells[0] for cells in differences)])
+            table.append([f"{RATES[metric]}: McNemar's p", "", *(cells[1] for cells in differences)])
+    for reason in REASONS:
+        counts = [sum(row["wrong_because"] == reason for row in result.rows) for result in results]
+        table.append([f"not exact: {reason}", *map(str, counts)])
+    for name, label in FIGURES.items() if first.figures else ():
+        table.append([label, *(f"{result.figures[name]:.4f}" for result in results)])
+    return table
+
+
+def difference(result, first, metric, seed):
+    """(paired bootstrap of the difference in a metric, McNemar's p), as text, over the rows that both have."""
+    theirs = {row["row"]: row.get(metric) for row in first.rows}
+    pairs = [(row.get(metric), theirs.get(row["row"])) for row in result.rows]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        return "-", "-"
+    ours, others = zip(*pairs, strict=True)
+    middle, low, high = score.paired_bootstrap(ours, others, seed)
+    fewer = f", {len(pairs)} rows" if len(pairs) < max(len(result.rows), len(first.rows)) else ""
+    return f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]{fewer}", f"{score.mcnemar(ours, others):.3g}"
+
+
+def markdown(table):
+    """The lines of a Markdown table, its columns padded so that it can be read as it stands."""
+    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
