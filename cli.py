@@ -1,7 +1,11 @@
-"""What the commands share: a user's mistake ends in one line and exit code 2, and `--help` shows every default."""
+"""What the commands share: a user's mistake ends in one line and exit code 2, `--help` shows every default, and a text
+file is written whole or not at all."""
 
 import argparse
+import json
+import os
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -39,3 +43,19 @@ def run(main):
 def _say(line, code):
     print(" ".join(line.split("\n")), file=sys.stderr)
     return code
+
+
+def write(path, text):
+    """Write a text file, whole or not at all; its folder is made if need be. Raises UserError where that fails."""
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}; choose a place that can be written (--out)") from None
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1) + "\n")

@@ -164,7 +164,7 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
     if answered:
         if tokenizer.stop not in full[end[last] :]:
             raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
-        stop = full.index(tokenizer.stop, end[last])  # some templates put a space before it
+        stop = full.index(tokenizer.stop, end[last])  # where the answer ends is known; some templates put a blank here
         trained[end[last] : stop + 1] = [True] * (stop + 1 - end[last])
     if train_on == "all":
         trained = [False] + [True] * (len(full) - 1)
@@ -207,10 +207,11 @@ def load(path, tokenizer, limit, k=0, too_long="refuse", **options):
         else:
             raise UserError(
                 f"{conversation.where}: needs {longest_view(made, k)} tokens, the model has room for {limit}; "
-                "give a longer --block_size, or leave such rows out with --too_long skip"
+                "take a model with more room, or leave such rows out with --too_long skip"
             )
     if skipped:
-        print(f"skipped {len(skipped)} rows longer than {limit} tokens: {', '.join(skipped[:5])} ...", file=sys.stderr)
+        some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
+        print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)
     if not kept:
         raise UserError(f"{path}: no row fits into {limit} tokens")
     conversations, examples = zip(*kept, strict=True)
@@ -363,7 +364,8 @@ def statistics(path, examples, tokenizer, k):
 
 
 def main():
-    parser = cli.parser("Show one row of a file as the model sees it, then the file's length statistics.")
+    parser = cli.parser("Show one row of a file as the model sees it, then the file's length statistics.\n\n"
+                        "    python data.py datasets/synth_val.jsonl --row 7 --layout paper")
     parser.add_argument("file", type=Path, help="JSONL file of conversations")
     parser.add_argument("--row", type=int, default=1, help="which row of the file to show, from 1")
     parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder")

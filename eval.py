@@ -93,7 +93,7 @@ def score_outputs(args):
     result = results.Result(args.predictions.name, rows)
     print("\n".join(results.summary(result, args.task, args.data)))
     if args.out:
-        results.write_json(args.out, results.metrics(result, args.task, data=str(args.data)))
+        cli.write_json(args.out, results.metrics(result, args.task, data=str(args.data)))
 
 
 def names(paths):
@@ -121,7 +121,7 @@ def report(found, folders, args, table):
         pictures[f"t-SNE, {result.name}"] = folder / "tsne.png"
     for name, path in pictures.items():
         lines.append(f"![{name}]({Path(os.path.relpath(path, args.report.parent)).as_posix()})")
-    results.write(args.report, "\n".join(lines) + "\n")
+    cli.write(args.report, "\n".join(lines) + "\n")
     print(f"{args.report} is written")
 
 

@@ -21,7 +21,7 @@ forward pass over one row, because a mask decides what each token may know:
                  TEXT                  ANSWER                 PRED          CODE
     tokens       system, question      header, answer, stop   [PRED] x k    header, answer again
     position     0 1 2 3 ...           goes on after TEXT     after TEXT    0 1 2 ...
-    learns       -                     next token             -             -
+    learns       -                     answer and stop        -             -
     read         (k = 0: last token)   -                      last token    last token
 
 The mask is causal, and a token sees only the segments that its own view consists of (# = may attend):
@@ -38,7 +38,8 @@ The mask is causal, and a token sees only the segments that its own view consist
 
 Leave out PRED and CODE and what remains *is* plain fine-tuning. Since TEXT sees neither ANSWER nor CODE, its states
 serve the language model and the predictor at once. Positions restart for each view, so that CODE cannot tell that it
-stands in a longer row. `data.collate` builds such rows; this file knows only segment numbers. Read next: `model.py`.
+stands in a longer row. Text's view has the system turn in it here; `--layout paper` encodes the user's turn alone, in a
+second row. `data.collate` builds such rows; this file knows only segment numbers. Read next: `model.py`.
 
     B rows, T columns, N pairs of views, C hidden width, V vocabulary
 """

@@ -5,10 +5,8 @@ in score.py and regular.py; eval.py prints and writes what this file makes.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -52,22 +50,6 @@ def progress(rows, label, **options):
     """A progress bar with an estimate of the time left; in a log file only now and then."""
     interval = 0.2 if sys.stderr.isatty() else 30
     return tqdm(rows, label, unit="row", leave=False, mininterval=interval, **options)
-
-
-def write(path, text):
-    """Write a file, whole or not at all; its folder is made if need be."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}; choose another place for the results") from None
-
-
-def write_json(path, value):
-    write(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_answered(conversations):

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import weights
-from cli import UserError
+from cli import UserError, write, write_json
 from jepa import LLMJEPA
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
@@ -64,11 +64,7 @@ def create(args):
     settings = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     config = {"arguments": settings, "sha256": data_hashes(args), "versions": versions}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "config.json", config)
-    except OSError as failure:
-        raise UserError(f"--out {args.out}: {failure.strerror}; choose a folder that can be written") from None
+    write_json(args.out / "config.json", config)
 
 
 def sha256(path):
@@ -101,17 +97,6 @@ def read_json(path, key):
         raise UserError(f"{path}: {failure.strerror}; the run is not whole") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: has no {key!r} as a run's file does; is this the folder of a run?") from None
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path, text):
-    """Write a file, whole or not at all."""
-    unfinished = Path(path).with_name(Path(path).name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def save_model(model, folder, source=None, training=None):
@@ -203,5 +188,5 @@ def restore(folder, optimizer, args):
         return saved["step"], saved["best"]
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved["step"]]
-    write_text(log, "".join(kept))
+    write(log, "".join(kept))
     return saved["step"], saved["best"]

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+import cli
 import data
 import generate
 import plots
@@ -47,9 +48,9 @@ def evaluate(path, name, out, args, device):
         result.before = representation.report(earlier, args.seed, codes)
 
     lines = "".join(json.dumps(row) + "\n" for row in result.rows)
-    results.write(out / "predictions.jsonl", lines)
+    cli.write(out / "predictions.jsonl", lines)
     about = {"data": str(args.data), "weights": subject.stamp}
-    results.write_json(out / "metrics.json", results.metrics(result, args.task, **about))
+    cli.write_json(out / "metrics.json", results.metrics(result, args.task, **about))
     seed = "" if subject.seed is None else f", seed {subject.seed}"
     title = f"{name} on {args.data.name}, n = {len(examples)}{seed}"
     aligned, shuffled = (result.figures[f"cosine_{which}"] for which in ("aligned", "shuffled"))
@@ -121,7 +122,7 @@ def answers(subject, conversations, examples, args, path):
         print(f"{len(numbers) - len(todo)} of {len(numbers)} answers are already in {path}")
     make = likeliest if args.task == "hellaswag" else written
     # What is there is written anew: the last line may be half a line.
-    results.write(path, "".join(json.dumps(line) + "\n" for line in [header, *found.values()]))
+    cli.write(path, "".join(json.dumps(line) + "\n" for line in [header, *found.values()]))
     with open(path, "a", encoding="utf-8") as file:
         made = make(subject, [conversations[i] for i in todo], [examples[i] for i in todo], args)
         for at, answer in results.progress(made, "answers", total=len(numbers), initial=len(numbers) - len(todo)):

@@ -96,12 +96,9 @@ def arguments():
     add("--out", type=Path, help="run folder, must not hold a run; default runs/lam..-k..-seed.., numbered if taken")
     add("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings in its config.json")
     args = p.parse_args()
-    if args.resume:
-        others = [name for name, value in vars(args).items() if name != "resume" and value != p.get_default(name)]
-        if others:
-            raise UserError(f"--resume takes every setting from the run's config.json; leave out --{others[0]}")
-    else:
-        check(args)
+    others = [name for name, value in vars(args).items() if name != "resume" and value != p.get_default(name)]
+    if args.resume and others:
+        raise UserError(f"--resume takes every setting from the run's config.json; leave out --{others[0]}")
     return args
 
 
@@ -211,7 +208,8 @@ def losses(run, examples, views):
     """(total, lm, jepa) of one optimizer step's examples, in micro-batches, and the number of tokens processed.
 
     Adds to the gradients if they are on. Each micro-batch gives its share of the means over the whole step, so neither
-    batch_size against grad_accum nor the number of processes, which share the micro-batches, changes the result.
+    batch_size against grad_accum nor the number of processes, which share the micro-batches, changes the result (but
+    for infonce, which compares within a micro-batch).
     """
     args, step, sums, tokens = run.args, data.count(examples, views), torch.zeros(3, device=run.device), 0
     size = min(args.batch_size, -(-len(examples) // WORLD))  # smaller where a process would have nothing to do
@@ -323,6 +321,7 @@ def fit(run, optimizer):
     interrupt, stop = Interrupt(), False
     while run.step < total and not stop:
         epoch, first = divmod(run.step, per_epoch)
+        # what is left of this epoch (all of it, but after a resume), no further than the last step
         steps = data.order(lengths, size, args.seed, epoch)[first : first + total - run.step]
         examples = run.examples
         if args.shuffle_pairs:
@@ -365,8 +364,11 @@ def fit(run, optimizer):
 
 
 def main():
-    args = arguments()
-    args, checkpoint = runs.resume(args.resume) if args.resume else (args, None)
+    args, checkpoint = arguments(), None
+    if args.resume:
+        args, checkpoint = runs.resume(args.resume)
+    else:
+        check(args)
     device, autocast = runs.hardware(args.device, args.dtype)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -29,6 +29,21 @@ def test_fused_is_the_cheapest_way_to_all_three_views(examples):
     assert cost["plain fine-tuning"] < cost["LLM-JEPA, fused"] < cost["LLM-JEPA, paper"]
 
 
+def test_separate_passes_cost_what_the_readme_says(examples):
+    """A pass for each of conversation, Text with [PRED], Code: the formula, counted; in tokens the same as paper."""
+    model, e, k = LLMJEPA(toy_decoder("llama"), 2), examples[1], 2
+    tokens = 0
+    for ids in (e.full, e.text + [-1, -2], e.code):
+        row, none = torch.tensor([ids]), torch.full((1, len(ids)), -100)
+        batch = data.Batch(row, torch.zeros_like(row), torch.arange(len(ids))[None], none, None, None)
+        with bench.FlopCounterMode(display=False) as counter, bench.sdpa_kernel(bench.SDPBackend.MATH):
+            model.hidden(batch).sum().backward()
+        assert bench.step_flops(model.decoder.config, batch) == counter.get_total_flops()
+        tokens += len(ids)
+    paper = data.collate([e], k, "paper")
+    assert tokens == (paper.segment != 4).sum() == len(e.full) + len(e.text) + k + len(e.code)
+
+
 def test_the_naive_loop_is_the_same_text(examples):
     decoder = toy_decoder("llama")
     with torch.no_grad():

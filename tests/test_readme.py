@@ -38,7 +38,7 @@ def test_every_command_exists(command):
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "bench.py", "data.py", "datasets/make_synth.py",
                                     "datasets/make_tokenizer.py", "datasets/download.py"])
 def test_help_teaches(script):
-    assert "python " + script in help_of(script) or script in help_of(script)
+    assert f"python {script} " in help_of(script), "an example, as one would type it"
 
 
 def test_the_quoted_code_is_the_code():

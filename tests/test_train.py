@@ -175,7 +175,7 @@ def test_pretraining_on_plain_text_and_on_paraphrases(tmp_path):
 
 @pytest.mark.parametrize("accumulated", ["1", "3"])
 def test_two_processes_equal_one(toy, tmp_path, accumulated):
-    """Under torchrun two processes share the micro-batches of a step; some steps leave one of them without any."""
+    """Under torchrun two processes share the examples of a step, which is cut finer where one would have none."""
     flags = [*toy, *SMALL, "--grad_accum", accumulated, "--max_steps", "4"]
     alone = train(tmp_path / "alone", *flags)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
