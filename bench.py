@@ -3,8 +3,9 @@
     python bench.py                                             # the tiny decoder on the default data
     python bench.py --init FOLDER --data FILE --batch_size 4    # a Hugging Face model
 
-Steps of plain fine-tuning and of both layouts of LLM-JEPA are interleaved, so that whatever else the machine does falls
-on all of them alike. FLOPs are counted by torch's own counter; `step_flops` is the formula that the README gives.
+Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns, and so do the ways of decoding, so that whatever
+else the machine does falls on all of them alike. FLOPs are counted by torch's own counter; `step_flops` is the formula
+that the README gives.
 """
 
 import os
@@ -97,25 +98,31 @@ def one_by_one(decoder, prompt, stop, budget):
     return ids[0, len(prompt) :].tolist()
 
 
-def time_decoding(decoder, prompts, stop, args):
-    """Seconds per row and answers of: one by one without cache, one by one with cache, in batches with cache."""
-    def batched(chosen, size):
-        return [answer.ids for _, answer in sorted(generate.in_batches(decoder, chosen, stop, args.new_tokens, size))]
+def time_decoding(decoder, prompts, stop, args, turns=4):
+    """{how: (seconds per row, answers)} of: one by one without cache, one by one with cache, in batches with cache.
 
-    few = prompts[: args.rows]
+    In each turn the first two decode their share of the first `--rows` prompts, the third decodes all prompts.
+    """
+    def batched(chosen, size):
+        return [answer.ids for _, answer in sorted(generate.in_batches(decoder, chosen, stop, budget, size))]
+
+    budget, few = args.new_tokens, prompts[: args.rows]
+    shares = [few[i * len(few) // turns : (i + 1) * len(few) // turns] for i in range(turns)]
     stages = {
-        "one by one, no cache": (few, lambda p: [one_by_one(decoder, prompt, stop, args.new_tokens) for prompt in p]),
-        "one by one, cached": (few, lambda p: batched(p, 1)),
-        "batched, cached": (prompts, lambda p: batched(p, args.decode_batch)),
+        "one by one, no cache": (shares, lambda p: [one_by_one(decoder, prompt, stop, budget) for prompt in p]),
+        "one by one, cached": (shares, lambda p: batched(p, 1)),
+        "batched, cached": ([prompts] * turns, lambda p: batched(p, args.decode_batch)),
     }
-    found = {}
+    seconds, answers = dict.fromkeys(stages, 0.0), {name: [] for name in stages}
     with torch.inference_mode():
-        for name, (chosen, decode) in stages.items():
-            decode(chosen[:2])
-            began = time.perf_counter()
-            answers = decode(chosen)
-            found[name] = ((time.perf_counter() - began) / len(chosen), answers)
-    return found
+        for _, decode in stages.values():
+            decode(prompts[:2])  # warms up
+        for turn in tqdm(range(turns), "decoding", leave=False):
+            for name, (chosen, decode) in stages.items():
+                began = time.perf_counter()
+                answers[name] += decode(chosen[turn])
+                seconds[name] += time.perf_counter() - began
+    return {name: (seconds[name] / len(answers[name]), answers[name]) for name in stages}
 
 
 def arguments():

@@ -3,10 +3,16 @@
     in_batches(decoder, prompts, ...)           generate: greedy, or with choose=sampler(...)
     log_likelihoods(decoder, prompts, choices)  nothing is generated: how likely is each of the given answers?
 
-Prompts of different lengths are padded on the *left*, so that every row's next token lands in the same column. The mask
-of the prompt is jepa.mask, the same rule as in training: TEXT sees TEXT, PAD sees PAD. Read next: `eval.py`.
+What all prompts of a batch begin with (a system turn, say) is computed once. Behind it, prompts of different lengths
+are padded on the left, so that every row's next token lands in the same column:
+
+    | shared | . . . . rest of one prompt | answer          The mask of the prompts is jepa.mask, the same rule as in
+    |        | . rest of a longer prompt  | answer          training: TEXT sees TEXT, PAD (the dots) sees PAD.
+
+Read next: `eval.py`.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +29,17 @@ class Answer(NamedTuple):
 class Cache:
     """Keys and values (B, G, S, D) and positions (B, S) of the columns so far; `Decoder.hidden` appends to it.
 
-    Tensors have room for more columns than are used, so that a new token does not copy all earlier ones.
+    Tensors have room for a quarter more columns than are used, so that a new token seldom copies all earlier ones. New
+    columns of several rows may follow earlier ones of one row, which then belong to each of them.
     """
 
-    def __init__(self, room=128):
-        self.room, self.start, self.end, self.position, self.tensors = room, 0, 0, None, {}
+    def __init__(self):
+        self.start, self.end, self.position, self.tensors = 0, 0, None, {}
 
     def extend(self, position):
         """Add the positions of new columns, (B, T); returns those of all columns, (B, S)."""
-        self.position = position if self.position is None else torch.cat([self.position, position], dim=1)
+        earlier = position[:, :0] if self.position is None else self.position.expand(len(position), -1)
+        self.position = torch.cat([earlier, position], dim=1)
         self.start, self.end = self.end, self.position.shape[1]
         return self.position
 
@@ -41,9 +49,9 @@ class Cache:
 
     def _append(self, name, new):
         held = self.tensors.get(name)
-        if held is None or held.shape[2] < self.end:
+        if held is None or held.shape[2] < self.end or len(held) < len(new):
             B, G, _, D = new.shape
-            grown = new.new_empty(B, G, self.end + self.room, D)
+            grown = new.new_empty(B, G, self.end + self.end // 4 + 1, D)
             if held is not None:
                 grown[:, :, : self.start] = held[:, :, : self.start]
             self.tensors[name] = held = grown
@@ -51,12 +59,11 @@ class Cache:
         return held[:, :, : self.end]
 
     def keep(self, rows):
-        """Row i becomes what row rows[i] was; all others are dropped. Rows that stay in place are not copied."""
+        """Row i becomes what row rows[i] was, (B,); all others are dropped. Rows that stay in place are not copied."""
         self.position = self.position[rows]
-        moved = [i for i, row in enumerate(rows) if row != i]
-        sources = [rows[i] for i in moved]
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         for name, held in self.tensors.items():
-            held[moved, :, : self.end] = held[sources, :, : self.end]
+            held[moved, :, : self.end] = held[rows[moved], :, : self.end]
             self.tensors[name] = held[: len(rows)]
 
 
@@ -86,6 +93,13 @@ def sampler(temperature, top_p, seed, names):
     return choose
 
 
+def common(prompts):
+    """How many tokens all prompts begin with, where at least one token of each must remain to go on from."""
+    if len(prompts) == 1:
+        return 0
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
 @torch.inference_mode()
 def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first.
@@ -95,11 +109,16 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     assert prompts and all(prompts), "every prompt needs at least one token"
     assert max(map(len, prompts)) <= decoder.config.block_size, "a prompt is longer than the model's block_size"
     device, width = decoder.embed.weight.device, max(map(len, prompts))
-    gap = torch.tensor([width - len(prompt) for prompt in prompts], device=device)[:, None]  # (B, 1) columns of padding
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, width)
+    shared = common(prompts)
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids = [prompt[:shared] + [0] * gap + prompt[shared:] for prompt, gap in zip(prompts, gaps, strict=True)]
+    ids, gap = torch.tensor(ids, device=device), torch.tensor(gaps, device=device)[:, None]  # (B, width), (B, 1)
     column = torch.arange(width, device=device)
-    seen, cache = column >= gap, Cache()  # (B, width): columns that new tokens may attend to
-    hidden = decoder.hidden(ids, mask(torch.where(seen, TEXT, PAD)), (column - gap).clamp(min=0), cache)
+    seen = (column < shared) | (column >= shared + gap)  # (B, width): columns that new tokens may attend to
+    may_see, cache = mask(torch.where(seen, TEXT, PAD)), Cache()  # (B, width, width)
+    if shared:
+        decoder.hidden(ids[:1, :shared], may_see[:1, :shared, :shared], column[None, :shared], cache)
+    hidden = decoder.hidden(ids[:, shared:], may_see[:, shared:], (column - gap).clamp(min=0)[:, shared:], cache)
 
     answers, alive = [[] for _ in prompts], list(range(len(prompts)))  # alive: which prompt each row belongs to
     for step in range(max_new_tokens):
@@ -116,9 +135,10 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
         if not going:
             return
         if len(going) < len(alive):  # the last rows move to where rows have ended
-            tail = [row for row in going if row >= len(going)]
-            rows = [row if row in set(going) else tail.pop() for row in range(len(going))]
+            tail, stays = [row for row in going if row >= len(going)], set(going)
+            rows = [row if row in stays else tail.pop() for row in range(len(going))]
             alive = [alive[row] for row in rows]
+            rows = torch.tensor(rows, device=device)
             token, gap, seen = token[rows], gap[rows], seen[rows]
             cache.keep(rows)
         seen = torch.cat([seen, torch.ones_like(gap, dtype=torch.bool)], dim=1)

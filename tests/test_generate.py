@@ -9,6 +9,14 @@ import generate
 from jepa import mask
 
 
+@pytest.fixture(params=[*STYLES, "window"])
+def decoder(request):
+    """As everywhere; besides, one whose first layer sees only the latest four positions, so that those are held too."""
+    if request.param == "window":
+        return toy_decoder("llama", window=4, windowed=(True, False))
+    return toy_decoder(request.param)
+
+
 @torch.no_grad()
 def naive(decoder, prompt, stop, budget):
     ids = list(prompt)
@@ -34,15 +42,27 @@ def prompts(*lengths):
     return [torch.randint(0, 50, (n,)).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_batched_and_cached_equals_naive(style):
-    decoder = toy_decoder(style)
+def test_batched_and_cached_equals_naive(decoder):
     ragged = prompts(3, 11, 1, 7, 7, 2)
     free = [naive(decoder, p, -1, 12)[0] for p in ragged]
     stop = free[1][4]  # a token that at least one row meets in mid-answer, and others may not
     expected = [naive(decoder, p, stop, 12) for p in ragged]
     assert len({len(ids) for ids, _ in expected}) > 1, "the rows must end at different times"
     assert decode(decoder, ragged, stop, 12) == expected
+
+
+def test_a_shared_beginning_is_computed_once(decoder):
+    """The same text, and no column of the beginning in more than one row; one prompt is a beginning of another."""
+    head, *tails = prompts(9, 1, 6, 1, 4)
+    ragged = [head + tail for tail in tails] + [head + tails[1][:2]]
+    computed, hidden = [], decoder.hidden
+    decoder.hidden = lambda ids, *rest: computed.append(ids.numel()) or hidden(ids, *rest)
+    answers = decode(decoder, ragged, -1, 6)
+    decoder.hidden = hidden
+    assert answers == [naive(decoder, p, -1, 6) for p in ragged]
+    assert computed == [9, 5 * 6] + [5] * 5
+    same = [ragged[0]] * 3  # one token of each must remain
+    assert decode(decoder, same, -1, 6) == [naive(decoder, p, -1, 6) for p in same]
 
 
 def test_rows_leave_in_any_order(decoder):
@@ -53,8 +73,8 @@ def test_rows_leave_in_any_order(decoder):
 
 
 def test_the_cache_grows(decoder):
-    """More new tokens than the room that the cache begins with."""
-    cache, ids = generate.Cache(room=3), prompts(40)[0]
+    """One column at a time: the cache outgrows its tensors many times."""
+    cache, ids = generate.Cache(), prompts(40)[0]
     whole = decoder.hidden(torch.tensor([ids]), mask(torch.zeros(1, 40).long()), torch.arange(40)[None])
     found = []
     for i, token in enumerate(ids):
