@@ -349,7 +349,7 @@ def fit(run, optimizer):
                 speed = round(tokens * WORLD / (time.perf_counter() - began))
                 log(run, epoch=epoch + 1, lm=lm, jepa=jepa if views else None, total=loss,
                     lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(), tokens_per_s=speed)
-                bar.set_postfix_str(f"lm {lm:.3f}, jepa {jepa:.3f}, {speed} tokens/s")
+                bar.set_postfix_str(f"lm {lm:.3f}, jepa {jepa:.3f}, {speed} tokens/s", refresh=False)
             if stop:
                 break
         # validate at the end of an epoch, then leave a checkpoint
