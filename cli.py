@@ -2,6 +2,7 @@
 file is written whole or not at all."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -45,16 +46,31 @@ def _say(line, code):
     return code
 
 
-def write(path, text):
-    """Write a text file, whole or not at all; its folder is made if need be. Raises UserError where that fails."""
+@contextlib.contextmanager
+def writing(path):
+    """A context whose value is the name to write a file under: it then becomes `path`, or on failure vanishes.
+
+    So a file is there whole or not at all. Its folder is made if need be. Raises UserError where that fails.
+    """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".partial")
+    unfinished = path.parent / (path.name + ".partial")
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}; choose a place that can be written (--out)") from None
+        raise UserError(f"{path}: {failure.strerror}; choose a place that can be written") from None
+
+
+def write(path, text):
+    """Write a text file, whole or not at all (see `writing`)."""
+    with writing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path, value):

@@ -196,9 +196,14 @@ def longest_view(example, k):
 
 
 def load(path, tokenizer, limit, k=0, too_long="refuse", **options):
-    """(conversations, examples) of a file. Rows that need over `limit` positions are refused, or skipped and told."""
+    """(conversations, examples) of a file, as many as `fitting` lets pass."""
+    return fitting(read(path), tokenizer, limit, k, too_long, **options)
+
+
+def fitting(conversations, tokenizer, limit, k=0, too_long="refuse", **options):
+    """(conversations, examples). Rows that need over `limit` positions are refused, or skipped and told."""
     kept, skipped = [], []
-    for conversation in read(path):
+    for conversation in conversations:
         made = example(conversation, tokenizer, **options)
         if longest_view(made, k) <= limit:
             kept.append((conversation, made))
@@ -213,7 +218,7 @@ def load(path, tokenizer, limit, k=0, too_long="refuse", **options):
         some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
         print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)
     if not kept:
-        raise UserError(f"{path}: no row fits into {limit} tokens")
+        raise UserError(f"{conversations[0].where}: neither this row nor any other fits into {limit} tokens")
     conversations, examples = zip(*kept, strict=True)
     return list(conversations), list(examples)
 

@@ -7,9 +7,10 @@
     python eval.py runs/A --data FILE --task spider --databases DIR           # SQL is executed
     python eval.py --predictions OUTPUTS.jsonl --data FILE --out metrics.json # other systems' outputs, no model
 
-Each model gets metrics.json, predictions.jsonl (one object per row), tsne.png, spectrum.png and answers.jsonl, from
-which an interrupted evaluation goes on. The model's part is in subject.py, figures about encodings in
-representation.py, rates and tables in results.py, what is right in score.py and regular.py, pictures in plots.py.
+Each model gets metrics.json, predictions.jsonl (one object per row), tsne.png and spectrum.png, those of the latest
+evaluation, and for each way of answering a file answers-*.jsonl, from which an interrupted evaluation goes on. The
+model's part is in subject.py, figures about encodings in representation.py, rates and tables in results.py, what is
+right in score.py and regular.py, pictures in plots.py.
 """
 
 import math
@@ -40,12 +41,12 @@ def arguments():
         help='score these outputs, one {"output": "..."} for each row of --data in order, instead of a RUN')
     add("--base", type=Path, metavar="FOLDER",
         help='report the encodings of this model beside those of RUN, as "before": the one that training began with')
-    add("--limit", type=int, help="only the first so many rows")
+    add("--limit", type=int, help="only the first so many rows of the file")
     add("--max_new_tokens", type=int, help=f"budget of an answer; default by task: {BUDGET}")
     add("--temperature", type=float, default=0.0, help="0: greedy; otherwise sample from softmax(logits / temperature)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this share")
     add("--seed", type=int, default=0, help="of sampling, of the shuffled pairs, of the bootstrap")
-    add("--batch_size", type=int, default=128, help="prompts per batch; changes no result")
+    add("--batch_size", type=int, default=128, help="prompts per batch; changes nothing but rounding")
     add("--too_long", choices=["refuse", "skip"], default="refuse", help="what to do with rows longer than the model")
     add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
@@ -79,7 +80,10 @@ def check(args):
         raise UserError("--task spider executes queries: give --databases DIR, the folder of Spider's databases "
                         "(python datasets/download.py spider --databases fetches them)")
     args.max_new_tokens = args.max_new_tokens or BUDGET[args.task]
-    args.is_regex = args.task == "exact" and args.data.name.startswith(("synth", "turk"))
+    args.is_regex = args.task == "exact" and args.data.name.lower().startswith(("synth", "turk"))
+    for path in filter(None, (args.report, args.predictions and args.out)):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file to write")
     if args.out and len(args.runs) > 1 and not args.report:
         args.report = args.out / "comparison.md"
 
@@ -88,7 +92,7 @@ def score_outputs(args):
     """Score the outputs of another system."""
     conversations = data.read(args.data)[: args.limit]
     results.check_answered(conversations)
-    answers = results.read_outputs(args.predictions, conversations)
+    answers, conversations = results.read_outputs(args.predictions, conversations)
     rows = results.judge(answers, conversations, args.task, args.databases, args.is_regex)
     result = results.Result(args.predictions.name, rows)
     print("\n".join(results.summary(result, args.task, args.data)))
@@ -111,8 +115,8 @@ def report(found, folders, args, table):
     lines = [f"# {', '.join(result.name for result, _ in found)} on {title}", "", *table, ""]
     lines += [f"{result.name}: {result.verdict}\n" for result, _ in found]
     pictures = {"singular values": args.report.with_name(f"{args.report.stem}-spectrum.png")}
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    plots.spectrum({result.name: encodings for result, encodings in found}, title, pictures["singular values"])
+    spectra = {name: encodings for _, own in found for name, encodings in own.items()}
+    plots.spectrum(spectra, title, pictures["singular values"])
     logs = {result.name: run for (result, _), run in zip(found, args.runs, strict=True) if (run / "log.jsonl").exists()}
     if logs:
         pictures["loss curves"] = args.report.with_name(f"{args.report.stem}-losses.png")
@@ -120,7 +124,7 @@ def report(found, folders, args, table):
     for (result, _), folder in zip(found, folders, strict=True):
         pictures[f"t-SNE, {result.name}"] = folder / "tsne.png"
     for name, path in pictures.items():
-        lines.append(f"![{name}]({Path(os.path.relpath(path, args.report.parent)).as_posix()})")
+        lines.append(f"![{name}](<{Path(os.path.relpath(path, args.report.parent)).as_posix()}>)")
     cli.write(args.report, "\n".join(lines) + "\n")
     print(f"{args.report} is written")
 

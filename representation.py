@@ -1,8 +1,9 @@
 """What JEPA did to the encodings. In: a model and examples. Out: the encodings, and a dict of figures about them.
 
-Three matrices, one row per example: Text = Enc(Text), Pred = Pred(Enc(Text)), Code = Enc(Code), each read where
-training reads it. A low JEPA loss alone proves nothing: if all encodings point the same way it is zero as well. Hence
-the controls: the cosine of *shuffled* pairs, retrieval, effective rank, and a map scored on rows it was not fitted to.
+Three matrices, one row per example: text = Enc(Text), code = Enc(Code), pred = Pred(Enc(Text)), or Pred(Enc(Code)) of a
+model trained with --reverse, each read where training reads it. A low JEPA loss alone proves nothing: if all encodings
+point the same way it is zero as well. Hence the controls: the cosine of *shuffled* pairs, retrieval, effective rank,
+and a map scored on rows it was not fitted to.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ import data
 
 
 @torch.inference_mode()
-def encode(model, examples, batch_size, **layout):
+def encode(model, examples, batch_size, layout="fused", front_pred=False, reverse=False):
     """{"text": (n, C), "pred": (n, C), "code": (n, C)} as float64 arrays, in the order of the examples."""
     device, k = model.pred.device, len(model.pred)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].full))
@@ -20,8 +21,9 @@ def encode(model, examples, batch_size, **layout):
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
         members = [examples[i] for i in chosen]
-        pred, code = model.encodings(data.collate(members, k, **layout).to(device))
-        text, _ = model.encodings(data.collate(members, 0, layout=layout.get("layout", "fused")).to(device))
+        trained = data.collate(members, k, layout=layout, front_pred=front_pred, reverse=reverse)
+        pred = model.encodings(trained.to(device))[1 if reverse else 0]
+        text, code = model.encodings(data.collate(members, 0, layout=layout).to(device))
         for name, states in (("text", text), ("pred", pred), ("code", code)):
             found[name] |= dict(zip(chosen, states.cpu().double().numpy(), strict=True))
     return {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}
@@ -77,21 +79,28 @@ def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out 
     return float(residual(best, part == 4) / spread) if spread > negligible else 1.0, float(absolute)
 
 
-def report(encodings, seed=0, different_codes=None):
+def sides(encodings, reverse=False):
+    """{name: (n, C)}: the two matrices that the JEPA loss compares, Text's first."""
+    if reverse:
+        return {"Enc(Text)": encodings["text"], "Pred(Enc(Code))": encodings["pred"]}
+    return {"Pred(Enc(Text))": encodings["pred"], "Enc(Code)": encodings["code"]}
+
+
+def report(encodings, seed=0, different_codes=None, reverse=False):
     """All figures of a dict that `encode` made, for n >= 4 examples. different_codes: how many of the Codes are."""
-    text, pred, code = encodings["text"], encodings["pred"], encodings["code"]
+    text, code = sides(encodings, reverse).values()
     partner = data.derangement(len(text), seed)
-    aligned = (unit(pred) * unit(code)).sum(axis=1).mean()
-    shuffled = (unit(pred) * unit(code[partner])).sum(axis=1).mean()
-    relative, absolute = linear_map(text, code)
+    aligned = (unit(text) * unit(code)).sum(axis=1).mean()
+    shuffled = (unit(text) * unit(code[partner])).sum(axis=1).mean()
+    relative, absolute = linear_map(encodings["text"], encodings["code"])
     counts = {"n": len(text), "different_codes": different_codes or len(text)}
     figures = {"cosine_aligned": aligned, "cosine_shuffled": shuffled, "cosine_gap": aligned - shuffled}
-    for name, (query, key) in {"text_to_code": (pred, code), "code_to_text": (code, pred)}.items():
+    for name, (query, key) in {"text_to_code": (text, code), "code_to_text": (code, text)}.items():
         figures[f"retrieval_at_1_{name}"], figures[f"mrr_{name}"] = retrieval(query, key)
     for name, matrix in encodings.items():
         figures[f"effective_rank_{name}"] = effective_rank(matrix)
         figures[f"mean_pairwise_cosine_{name}"] = mean_pairwise_cosine(matrix)
-    top = np.linalg.svd(text - code, compute_uv=False)[:100]
+    top = np.linalg.svd(encodings["text"] - encodings["code"], compute_uv=False)[:100]
     figures |= {"linear_residual_relative": relative, "linear_residual_absolute": absolute,
                 "top100_singular_values_of_difference": top.mean()}
     return counts | {name: round(float(value), 6) + 0.0 for name, value in figures.items()}
@@ -103,8 +112,8 @@ def verdict(figures):
     Pretrained decoders' states lie in a cone (a mean cosine of 0.94 between different Codes, for one of 135M
     parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction.
     """
-    names = {"pred": "Pred(Enc(Text))", "code": "Enc(Code)"} if figures["different_codes"] >= 10 else {
-        "pred": "Pred(Enc(Text))"}
+    names = {"pred": "the predictions", "code": "Enc(Code)"} if figures["different_codes"] >= 10 else {
+        "pred": "the predictions"}
     worst = max(names, key=lambda name: figures[f"mean_pairwise_cosine_{name}"])
     pairwise, rank = figures[f"mean_pairwise_cosine_{worst}"], min(figures[f"effective_rank_{name}"] for name in names)
     numbers = f"mean cosine between different rows of {names[worst]} {pairwise:.3f}, smallest effective rank {rank:.1f}"

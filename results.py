@@ -18,16 +18,16 @@ RATES = {"exact": "exact match", "prefix": "starts with the gold answer", "conta
          "stopped": "ended by the stop token", "same_language": "same language as the gold regex",
          "spider": "same result when executed", "gsm8k": "right number after ####", "nq_open": "names a gold answer",
          "label": "right label", "hellaswag": "right letter", "ending": "likeliest ending is right"}
-REASONS = ("stopped too early", "ran on", "other")
+REASONS = ("stopped too early", "cut off by the budget", "ran on", "other")
 FIGURES = {
-    "cosine_aligned": "cosine of pairs, Pred(Enc(Text)) and Enc(Code)", "cosine_shuffled": "cosine of shuffled pairs",
+    "cosine_aligned": "cosine of pairs, prediction and target", "cosine_shuffled": "cosine of shuffled pairs",
     "cosine_gap": "pairs minus shuffled pairs",
     "retrieval_at_1_text_to_code": "retrieval@1, Text to Code",
     "retrieval_at_1_code_to_text": "retrieval@1, Code to Text",
     "mrr_text_to_code": "mean reciprocal rank, Text to Code", "mrr_code_to_text": "mean reciprocal rank, Code to Text",
-    "effective_rank_text": "effective rank, Enc(Text)", "effective_rank_pred": "effective rank, Pred(Enc(Text))",
+    "effective_rank_text": "effective rank, Enc(Text)", "effective_rank_pred": "effective rank, predictions",
     "effective_rank_code": "effective rank, Enc(Code)", "mean_pairwise_cosine_text": "mean pairwise cosine, Enc(Text)",
-    "mean_pairwise_cosine_pred": "mean pairwise cosine, Pred(Enc(Text))",
+    "mean_pairwise_cosine_pred": "mean pairwise cosine, predictions",
     "mean_pairwise_cosine_code": "mean pairwise cosine, Enc(Code)",
     "linear_residual_relative": "best linear map, relative residual on held-out rows",
     "linear_residual_absolute": "the same as in the paper: absolute, not held out",
@@ -65,32 +65,53 @@ def row_number(conversation):
 
 
 def read_outputs(path, conversations):
-    """The outputs of another system: line i of `path` is {"output": ...} for conversation i. Of other keys only
-    "stopped" and "ending_letter" count, which eval.py itself writes."""
+    """(answers, the conversations that they answer) from the file of another system, or from eval.py's predictions.
+
+    Line i is {"output": ...} for conversation i; or each line says by "row" which line of the data it answers, and then
+    some may be missing. Of other keys only "stopped" and "ending_letter" count, which eval.py itself writes.
+    """
+    lines = _objects(path)
+    by_row = {row_number(conversation): conversation for conversation in conversations}
+    rows = [made.get("row") for made in lines] if "row" in lines[0] else list(by_row)[: len(lines)]
+    for number, row in enumerate(rows, 1):
+        if row not in by_row:
+            raise UserError(f"{path}:{number}: --data has no row {row}; are these the outputs for another file?")
+        if row in rows[: number - 1]:
+            raise UserError(f"{path}:{number}: is another output for row {row} of --data; give one for each")
+    if len(lines) > len(rows):
+        raise UserError(f"{path}:{len(rows) + 1}: --data has only {len(rows)} rows; give one output for each")
+    missing = next((where for row, where in by_row.items() if row not in set(rows)), None)
+    if missing and "row" not in lines[0]:
+        raise UserError(f"{path}:{len(lines) + 1}: the file ends, with no output for {missing.where} and what follows; "
+                        f"give {len(by_row)} outputs, or --limit {len(lines)}")
+    if missing:
+        print(f"{path.name} answers {len(rows)} of {len(by_row)} rows; the others are left out", file=sys.stderr)
+    answers = [{"row": row, "output": made["output"]} for row, made in zip(rows, lines, strict=True)]
+    for answer, made in zip(answers, lines, strict=True):
+        answer |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
+                   if isinstance(made.get(name), kind)}
+    return answers, [by_row[row] for row in rows]
+
+
+def _objects(path):
+    """The objects of a JSONL file of outputs: at least one, each with a string "output"."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028 as it is
     except (OSError, UnicodeDecodeError) as failure:
         raise UserError(f"{path}: cannot be read ({failure}); give a JSONL file of outputs") from None
     while lines and not lines[-1].strip():
         lines.pop()
-    answers = []
+    objects = []
     for number, line in enumerate(lines, 1):
         try:
-            made = json.loads(line)
+            objects.append(json.loads(line))
         except (ValueError, RecursionError):
-            made = None
-        if not isinstance(made, dict) or not isinstance(made.get("output"), str):
+            objects.append(None)
+        if not isinstance(objects[-1], dict) or not isinstance(objects[-1].get("output"), str):
             raise UserError(f'{path}:{number}: must be {{"output": "..."}}, one line for each row of --data')
-        if number > len(conversations):
-            raise UserError(f"{path}:{number}: --data has only {len(conversations)} rows; give one output for each")
-        answers.append({"row": row_number(conversations[number - 1]), "output": made["output"]})
-        answers[-1] |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
-                        if isinstance(made.get(name), kind)}
-    if len(answers) < len(conversations):
-        missing = conversations[len(answers)].where
-        raise UserError(f"{path}:{len(answers) + 1}: the file ends, with no output for {missing} and what follows; "
-                        f"give {len(conversations)} outputs, or --limit {len(answers)}")
-    return answers
+    if not objects:
+        raise UserError(f'{path}: is empty; give {{"output": "..."}}, one line for each row of --data')
+    return objects
 
 
 def judge(answers, conversations, task, databases=None, is_regex=False):
@@ -113,18 +134,20 @@ def judge(answers, conversations, task, databases=None, is_regex=False):
                 row[task], broken = None, broken + 1
                 if broken <= 20:
                     tqdm.write(f"{conversation.where}: cannot be scored, left out: {reason}", file=sys.stderr)
-        row["wrong_because"] = why(output.strip(), gold.strip())
+        row["wrong_because"] = why(output.strip(), gold.strip(), made.get("stopped")) if row[task] is False else None
         rows.append(row)
+    if broken == len(rows):
+        raise UserError(f"none of the {broken} rows can be scored as {task}; is it the right --task or --databases?")
     if broken > 20:
         print(f"and {broken - 20} more rows that cannot be scored", file=sys.stderr)
     return rows
 
 
-def why(output, gold):
-    """None if equal, else how the output differs from the gold answer: one of REASONS."""
-    if output == gold:
-        return None
-    return "stopped too early" if gold.startswith(output) else "ran on" if output.startswith(gold) else "other"
+def why(output, gold, stopped):
+    """How a wrong output differs from the gold answer: one of REASONS. stopped: did the model end it? None: unknown."""
+    if gold.startswith(output):
+        return "cut off by the budget" if stopped is False else "stopped too early"
+    return "ran on" if output.startswith(gold) else "other"
 
 
 def rates(rows):
@@ -163,7 +186,7 @@ def summary(result, task, data_name):
         lines.append(f"  {RATES[name]:32s} {share['value']:7.2%}   {interval}")
     if found["unscorable"]:
         lines.append(f"  {found['unscorable']} rows cannot be scored and are left out of the rate above")
-    lines.append("  not exact: " + ", ".join(f"{n} {reason}" for reason, n in found["wrong"].items()))
+    lines.append("  wrong: " + ", ".join(f"{n} {reason}" for reason, n in found["wrong"].items()))
     if result.figures:
         lines.append(f"{'Encodings':54s} {'before':>10s} {'after':>10s}" if result.before else "Encodings")
         for name, label in FIGURES.items():
@@ -177,22 +200,24 @@ def comparison(results, task, seed):
     """Rows of a table: every metric of every system, the differences to the first, why outputs are wrong, figures."""
     first, rest = results[0], results[1:]
     every = [rates(result.rows) for result in results]
-    table = [["", *(result.name for result in results)]]
+    table = [["", *(result.name for result in results)], ["rows", *(str(len(result.rows)) for result in results)]]
     for name, label in RATES.items():
         cells = [f"{s[name]['value']:.2%} [{s[name]['low']:.1%}, {s[name]['high']:.1%}]" if name in s else "-"
                  for s in every]
         if any(cell != "-" for cell in cells):
             table.append([label, *cells])
-    for metric in dict.fromkeys(("exact", task, "same_language") if rest else ()):
+    for metric in dict.fromkeys(("exact", task, "same_language", "ending") if rest else ()):
         if metric in every[0]:
             differences = [difference(result, first, metric, seed) for result in rest]
             table.append([f"{RATES[metric]}: difference to {first.name}", "", *(cells[0] for cells in differences)])
             table.append([f"{RATES[metric]}: McNemar's p", "", *(cells[1] for cells in differences)])
     for reason in REASONS:
         counts = [sum(row["wrong_because"] == reason for row in result.rows) for result in results]
-        table.append([f"not exact: {reason}", *map(str, counts)])
+        table.append([f"wrong: {reason}", *map(str, counts)])
     for name, label in FIGURES.items() if first.figures else ():
         table.append([label, *(f"{result.figures[name]:.4f}" for result in results)])
+        if first.before:
+            table.append([f"{label}: before", *(f"{result.before[name]:.4f}" for result in results)])
     return table
 
 

@@ -46,15 +46,18 @@ def hardware(name="auto", dtype="float32"):
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as failure:
-        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if dtype == "bfloat16" and not has_bf16:
         raise UserError(f"--dtype bfloat16: {device} has no fast bfloat16; leave the flag out")
     return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16 and dtype != "float32")
 
 
-def create(args):
-    """Make the folder args.out (chosen here if None) and its config.json. An existing run is never touched."""
+def create(args, rows):
+    """Make the folder args.out (chosen here if None) and its config.json. An existing run is never touched.
+
+    rows: how many examples it trains on.
+    """
     if args.out is None:
         name = f"runs/lam{args.lam:g}-k{args.k}-seed{args.seed}"
         names = [name] + [f"{name}-{i}" for i in range(2, 10000)]
@@ -63,7 +66,7 @@ def create(args):
         raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
     settings = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config = {"arguments": settings, "sha256": data_hashes(args), "versions": versions}
+    config = {"arguments": settings, "rows": rows, "sha256": data_hashes(args), "versions": versions}
     write_json(args.out / "config.json", config)
 
 

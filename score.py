@@ -56,7 +56,7 @@ def label(output, gold):
 
 
 def final_number(text):
-    """The number right after the first ####, or None; commas and $ do not count.
+    """The number right after the first #### that one follows, or None; commas and $ do not count.
 
     >>> final_number("so #### $1,250.50 a week"), final_number("1250")
     (Decimal('1250.50'), None)
@@ -91,13 +91,15 @@ def nq_open(output, gold):
     """One of the gold alternatives (separated by ;) occurs in the output as whole words, both normalised.
 
     Never the reverse: an output inside the gold text would make the empty output right. An alternative of which nothing
-    is left after normalising counts for nothing.
+    is left after normalising counts for nothing; where that is so of all, no output can be judged.
 
     >>> nq_open("It was the Guy Henry.", "Alec; Guy Henry"), nq_open("Guy", "Guy Henry"), nq_open("1980", "8")
     (True, False, False)
     """
-    alternatives = [normalise(alternative) for alternative in gold.split(";")]
-    return any(words and f" {words} " in f" {normalise(output)} " for words in alternatives)
+    alternatives = list(filter(None, map(normalise, gold.split(";"))))
+    if not alternatives:
+        raise CannotScore("no gold alternative has letters or digits")
+    return any(f" {words} " in f" {normalise(output)} " for words in alternatives)
 
 
 # --- Spider: both queries are executed -----------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """One model under evaluation: open it, let it answer, look at its encodings. In: a folder. Out: a `results.Result`.
 
-`evaluate` is what eval.py calls for each RUN; the rest stands in the order in which it is used. Answers are written to
-answers.jsonl as they come, behind a header that says how they were made. A later call with the same header takes them
-from there: an interrupted evaluation goes on, a finished one is not generated again.
+`evaluate` is what eval.py calls for each RUN; the rest stands in the order in which it is used. Answers are written as
+they come, behind a header that says how they were made, to a file named after that header. A later call with the same
+header takes them from there: an interrupted evaluation goes on, a finished one is not generated again.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -33,31 +34,34 @@ class Subject:
 
 
 def evaluate(path, name, out, args, device):
-    """(`results.Result`, encodings) of the model in the folder `path`; files and pictures go to the folder `out`."""
+    """(`results.Result`, {name: encodings}) of the model in the folder `path`; files and pictures go to `out`.
+
+    The encodings are those of the model and, with --base, of the one before training.
+    """
     subject = open_folder(path, device, args.tokenizer)
     conversations, examples = load(subject, args)
-    found = answers(subject, conversations, examples, args, out / "answers.jsonl")
+    found = answers(subject, conversations, examples, args, out)
     result = results.Result(name, results.judge(found, conversations, args.task, args.databases, args.is_regex))
-    codes = len({tuple(e.code) for e in examples})
+    codes, reverse = len({tuple(e.code) for e in examples}), subject.layout.get("reverse", False)
     encodings = encode(subject, examples, args.batch_size, subject.layout)
-    result.figures = representation.report(encodings, args.seed, codes)
+    result.figures = representation.report(encodings, args.seed, codes, reverse)
     result.verdict = representation.verdict(result.figures)
-    spectra = {name: encodings}
+    seed = "" if subject.seed is None else f", seed {subject.seed}"
+    spectra = {f"{name}{seed}": encodings}
     if args.base:
         spectra[f"{args.base.name} (before)"] = earlier = encode_base(subject, conversations, args, device)
-        result.before = representation.report(earlier, args.seed, codes)
+        result.before = representation.report(earlier, args.seed, codes, reverse)
 
     lines = "".join(json.dumps(row) + "\n" for row in result.rows)
     cli.write(out / "predictions.jsonl", lines)
     about = {"data": str(args.data), "weights": subject.stamp}
     cli.write_json(out / "metrics.json", results.metrics(result, args.task, **about))
-    seed = "" if subject.seed is None else f", seed {subject.seed}"
-    title = f"{name} on {args.data.name}, n = {len(examples)}{seed}"
+    title = f"{plots.short(name)} on {args.data.name}, n = {len(examples)}{seed}"
     aligned, shuffled = (result.figures[f"cosine_{which}"] for which in ("aligned", "shuffled"))
     cosines = f"cosine of pairs {aligned:.3f}, of shuffled pairs {shuffled:.3f}"  # t-SNE would not show a collapse
-    plots.tsne(encodings["pred"], encodings["code"], f"{title}\n{cosines}", out / "tsne.png")
+    plots.tsne(representation.sides(encodings, reverse), f"{title}\n{cosines}", out / "tsne.png")
     plots.spectrum(spectra, title, out / "spectrum.png")
-    return result, encodings
+    return result, spectra
 
 
 def is_run(path):
@@ -94,9 +98,9 @@ def open_folder(path, device, tokenizer=None):
 def load(subject, args):
     """(conversations, examples) of args.data that the model has room for. Warns of gold answers beyond the budget."""
     limit, k = subject.model.decoder.config.block_size, len(subject.model.pred)
-    results.check_answered(data.read(args.data)[: args.limit])
-    conversations, examples = data.load(args.data, subject.tokenizer, limit, k, args.too_long)
-    conversations, examples = conversations[: args.limit], examples[: args.limit]
+    conversations = data.read(args.data)[: args.limit]
+    results.check_answered(conversations)
+    conversations, examples = data.fitting(conversations, subject.tokenizer, limit, k, args.too_long)
     if len(examples) < 4:
         raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
     lengths = [len(e.full) - e.answer_start for e in examples]
@@ -110,12 +114,13 @@ def load(subject, args):
 # ---- answers
 
 
-def answers(subject, conversations, examples, args, path):
-    """An answer to each example: a list of {"row": line of the data file, "output": str, ...}, kept in `path`."""
+def answers(subject, conversations, examples, args, out):
+    """A list of {"row": line of the data file, "output": str, ...}, one for each example, kept in a file of `out`."""
     header = {"data": runs.sha256(args.data), "weights": subject.stamp, "tokenizer": subject.tokenizer.name,
               "task": args.task, "max_new_tokens": args.max_new_tokens}
     if args.temperature:
         header |= {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    path = out / f"answers-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:8]}.jsonl"
     found, numbers = read(path, header), [results.row_number(conversation) for conversation in conversations]
     todo = [i for i, number in enumerate(numbers) if number not in found]
     if len(todo) < len(numbers):
@@ -134,15 +139,16 @@ def answers(subject, conversations, examples, args, path):
 
 
 def read(path, header):
-    """{row: answer} from a file that `answers` wrote; empty if it is missing or was made in another way."""
+    """{row: answer} from a file that `answers` wrote; empty if there is none, or none but half a line."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
     try:
-        if not lines or json.loads(lines[0]) != header:
-            return {}
-        return {line["row"]: line for line in map(json.loads, lines[1:])}
-    except (ValueError, TypeError, KeyError):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
+        first, *rest = map(json.loads, lines or [json.dumps(header)])
+        if first != header or not all(isinstance(line["output"], str) for line in rest):
+            raise ValueError
+        return {line["row"]: line for line in rest}
+    except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{path}: is damaged; delete it, and its answers are generated anew") from None
 
 

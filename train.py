@@ -403,7 +403,7 @@ def main():
     if checkpoint:
         run.step, run.best = runs.restore(checkpoint, optimizer, args)
     elif RANK == 0:
-        runs.create(args)
+        runs.create(args, len(examples))
     if RANK == 0:
         sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (True, False)]
         print(f"{args.out}: {sizes[0]:,} parameters ({sizes[1]:,} trained), {len(examples):,} rows, on {device}, "

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import families
-from cli import UserError
+from cli import UserError, write, writing
 from model import Decoder
 
 SIDE_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
@@ -73,24 +73,15 @@ def save(decoder, folder, source=None, dtype=torch.float32):
         joined = torch.cat([have[name] for name in ours]) if ours[1:] else have[ours[0]]
         tensors[theirs] = (joined.t() if families.transposed(theirs) else joined).to("cpu", dtype).contiguous()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in SIDE_FILES if source else ():
             if (Path(source) / name).exists():
-                _replace(folder / name, lambda part, name=name: shutil.copyfile(Path(source) / name, part))
-        _replace(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-        _replace(folder / "config.json", lambda part: part.write_text(json.dumps(fields, indent=2) + "\n"))
-    except (OSError, SafetensorError) as error:
+                with writing(folder / name) as unfinished:
+                    shutil.copyfile(Path(source) / name, unfinished)
+        with writing(folder / "model.safetensors") as unfinished:
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+        write(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+    except SafetensorError as error:
         raise UserError(f"{folder}: cannot write there: {error}") from error
-
-
-def _replace(path, write):
-    """Write under a temporary name, then rename, so that `path` is always whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def fetch(name):

@@ -7,7 +7,6 @@ first 2,000 rows (15 seconds); the language has so few words that more rows chan
 """
 
 import base64
-import os
 import sys
 from pathlib import Path
 
@@ -31,9 +30,8 @@ def main():
     rows = [conversation.messages for conversation in data.read(args.data)[: args.rows]]
     text = "\n".join(message["content"] for messages in rows for message in messages)
     ranks = bpe_train(text, 512 - len(SYNTH_SPECIALS), SYNTH_PATTERN, visualise=None)
-    partial = args.out.with_suffix(".partial")
-    partial.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    os.replace(partial, args.out)
+    with cli.writing(args.out) as unfinished:
+        unfinished.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     print(f"{args.out}: {len(ranks)} tokens from {len(rows)} rows")
 
 

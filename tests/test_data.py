@@ -140,7 +140,7 @@ def test_rows_that_do_not_fit_are_refused_or_skipped(tmp_path, synth, capsys):
     conversations, examples = data.load(path, synth, limit=40, too_long="skip")
     assert [c.where for c in conversations] == [f"{path}:1"] and len(examples) == 1
     assert "skipped 1 rows" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no row fits"):
+    with pytest.raises(UserError, match="neither this row nor any other fits"):
         data.load(path, synth, limit=3, too_long="skip")
 
 

@@ -136,10 +136,13 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_kept(trained, r
     monkeypatch.setattr(generate, "decode", breaks)
     with pytest.raises(KeyboardInterrupt):
         call(*flags, tmp_path / "stopped")
-    kept = tmp_path / "stopped/answers.jsonl"
+    kept, = (tmp_path / "stopped").glob("answers-*.jsonl")
     assert len(lines(kept)) == 1 + 12  # the header, and three batches
     with open(kept, "a") as file:
         file.write('{"row": 30, "outp')  # and half a line
+    calls[:] = [0, 0, 0, 0]
+    call(*flags, tmp_path / "stopped", "--limit", "9", "--top_p", "0.9", "--temperature", "2")
+    assert sum(calls) == 9, "another way of answering takes nothing from there, nor does it cost what is there"
     calls[:] = [0, 0, 0, 0]
     call(*flags, tmp_path / "stopped")
     assert sum(calls) == 18, "rows that were answered must not be answered again"
@@ -164,10 +167,12 @@ def test_the_best_weights_are_evaluated_or_else_the_last(trained, rows, tmp_path
 
 def test_damaged_answers_are_told_of(trained, rows, tmp_path, refused):
     call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
-    kept = (tmp_path / "answers.jsonl").read_text().split("\n")
-    (tmp_path / "answers.jsonl").write_text("\n".join([kept[0], "half", *kept[2:]]))
-    again = trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path
-    assert "answers.jsonl: is damaged" in refused(*again)
+    path, = tmp_path.glob("answers-*.jsonl")
+    kept = path.read_text().split("\n")
+    for line in ("half", '{"row": 1}', '{"row": 1, "output": null}', "[]", "\udce9"):
+        path.write_text("\n".join([kept[0], line, *kept[2:]]), errors="surrogateescape")
+        again = trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path
+        assert f"{path.name}: is damaged" in refused(*again)
 
 
 def test_rows_that_do_not_fit_are_refused_or_skipped_and_keep_their_numbers(trained, rows, tmp_path, refused):
@@ -176,12 +181,25 @@ def test_rows_that_do_not_fit_are_refused_or_skipped_and_keep_their_numbers(trai
     flags = [trained[1], "--data", mixed, "--max_new_tokens", "12", "--out", tmp_path / "out"]
     assert "mixed.jsonl:1: needs" in refused(*flags)
     call(*flags, "--too_long", "skip", "--temperature", "1")
+    assert metrics(tmp_path / "out")["n"] == 7
+    call(*flags, "--too_long", "skip", "--limit", "6")
+    assert metrics(tmp_path / "out")["n"] == 5, "--limit counts the rows of the file"
+    call(*flags, "--too_long", "skip", "--temperature", "1")
     skipped = lines(tmp_path / "out/predictions.jsonl")
     assert [row["row"] for row in skipped] == [2, 3, 4, 5, 6, 8, 9]
     call(trained[1], "--data", write(tmp_path / "same.jsonl", *([lines(rows)[0]] * 2), *lines(rows)[1:4]),
          "--max_new_tokens", "12", "--temperature", "1", "--out", tmp_path / "other")
     by_row = {row["row"]: row["output"] for row in lines(tmp_path / "other/predictions.jsonl")}
     assert by_row[2] == skipped[0]["output"], "a sample depends on the row's number, not on what was skipped"
+    call("--predictions", tmp_path / "out/predictions.jsonl", "--data", mixed, "--out", tmp_path / "m.json")
+    again, found = json.loads((tmp_path / "m.json").read_text()), metrics(tmp_path / "out")
+    assert again["n"] == 7 and again["rates"] == found["rates"], "outputs belong to the rows that they name"
+
+
+def test_a_limit_asks_nothing_of_later_rows(trained, rows, tmp_path):
+    mixed = write(tmp_path / "mixed.jsonl", *lines(rows)[:5], chat("a " * 600, "A"))
+    call(trained[1], "--data", mixed, "--max_new_tokens", "2", "--limit", "5", "--out", tmp_path / "out")
+    assert metrics(tmp_path / "out")["n"] == 5
 
 
 def test_an_untouched_hugging_face_model(rows, tmp_path, refused):
@@ -240,17 +258,25 @@ def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
 
 
 def test_comparison_and_report(trained, rows, tmp_path, capsys):
-    call(*trained, "--data", rows, "--max_new_tokens", "12", "--out", tmp_path, "--report", tmp_path / "r/ab.md")
-    shown, report = capsys.readouterr().out, (tmp_path / "r/ab.md").read_text()
+    with open(trained[0] / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "l')  # as of a run that goes on
+    call(*trained, "--data", rows, "--max_new_tokens", "12", "--out", tmp_path, "--report", tmp_path / "r/a b.md",
+         "--base", trained[0])
+    shown, report = capsys.readouterr().out, (tmp_path / "r/a b.md").read_text()
     a, b = (lines(tmp_path / name / "predictions.jsonl") for name in "ab")
     ours, theirs = [row["exact"] for row in b], [row["exact"] for row in a]
     middle, low, high = score.paired_bootstrap(ours, theirs, 0)
     assert middle > 0.2 and f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]" in report
     assert f"{score.mcnemar(ours, theirs):.3g}" in report and "stopped too early" in report
     assert all(line in shown for line in report.splitlines() if line.startswith("| "))
-    pictures = [line.split("](")[1][:-1] for line in report.splitlines() if line.startswith("![")]
+    pictures = [line.split("](<")[1][:-2] for line in report.splitlines() if line.startswith("![")]
     assert len(pictures) == 4 and all((tmp_path / "r" / name).exists() for name in pictures)
-    assert "ab-losses.png" in pictures and "ab-spectrum.png" in pictures
+    assert "a b-losses.png" in pictures and "a b-spectrum.png" in pictures
+    rank = "effective_rank_code"
+    before, after = (metrics(tmp_path / "b")[part][rank] for part in ("representation_before", "representation"))
+    cells = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in report.splitlines() if "|" in line}
+    assert cells["effective rank, Enc(Code)"] == f"{after:.4f}" != cells["effective rank, Enc(Code): before"]
+    assert cells["effective rank, Enc(Code): before"] == f"{before:.4f}" and cells["rows"] == "30"
 
 
 def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path, refused):
@@ -273,13 +299,22 @@ def test_systems_that_skipped_different_rows_are_paired_by_row():
     assert found == (f"{middle:+.2%} [{low:+.2%}, {high:+.2%}], 2 rows", "1")
     assert results.difference(result("none", [(9, True)]), one, "exact", 0) == ("-", "-")
     table = results.comparison([one, two], "exact", 0)
-    assert ["not exact: other", "1", "1"] in table and len({len(row) for row in table}) == 1
+    assert ["wrong: other", "1", "1"] in table and len({len(row) for row in table}) == 1
 
 
 def test_why_outputs_are_wrong():
-    cases = {("ab", "ab"): None, ("a", "ab"): "stopped too early", ("", "ab"): "stopped too early",
-             ("abc", "ab"): "ran on", ("b", "ab"): "other"}
+    cases = {("a", "ab", True): "stopped too early", ("", "ab", None): "stopped too early",
+             ("a", "ab", False): "cut off by the budget", ("abc", "ab", False): "ran on", ("b", "ab", True): "other"}
     assert {case: results.why(*case) for case in cases} == cases
+
+
+def test_an_output_that_is_right_has_no_reason_to_be_wrong(tmp_path):
+    """Whether it is wrong is for the task to say: a right label may go on, a right name be part of the gold text."""
+    for name, gold, outputs in (("yelp_x", "Good", ["Good. I liked it", "Goo"]), ("nq_open_x", "a b; b", ["b", "a c"])):
+        golds = write(tmp_path / f"{name}.jsonl", chat("q", gold), chat("q", gold))
+        answers = write(tmp_path / "out.jsonl", *({"output": output} for output in outputs))
+        call("--predictions", answers, "--data", golds, "--out", tmp_path / "m.json")
+        assert sum(json.loads((tmp_path / "m.json").read_text())["wrong"].values()) == 1
 
 
 def test_a_name_with_a_bar_does_not_break_the_table():
@@ -306,6 +341,25 @@ def test_other_systems_outputs(tmp_path, refused, capsys):
     assert f"out.jsonl:2: the file ends, with no output for {golds}:2" in refused(*flags)
     write(out, *[{"output": "a"}] * 4)
     assert "out.jsonl:4: --data has only 3 rows" in refused(*flags)
+    write(out, {"row": 3, "output": "#### 3"}, {"row": 1, "output": "#### 3"})
+    call(*flags, "--out", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["n"] == 2 and found["rates"]["gsm8k"]["value"] == 0.5
+    assert "out.jsonl answers 2 of 3 rows" in capsys.readouterr().err
+    write(out, {"row": 3, "output": "a"}, {"row": 3, "output": "b"})
+    assert "out.jsonl:2: is another output for row 3" in refused(*flags)
+    write(out, {"row": 3, "output": "a"}, {"row": 4, "output": "b"})
+    assert "out.jsonl:2: --data has no row 4" in refused(*flags)
+    out.write_text("\n")
+    assert "out.jsonl: is empty" in refused(*flags)
+    assert "none of the 3 rows can be scored as gsm8k" in refused(
+        "--predictions", write(out, *[{"output": "a"}] * 3), "--task", "gsm8k",
+        "--data", write(tmp_path / "x.jsonl", *[chat("q", "no number")] * 3))
+    write(out, *[{"output": "a"}] * 3)
+    for place in (tmp_path, tmp_path / "out.jsonl/m.json"):
+        before = set(tmp_path.iterdir())
+        assert str(place) in refused(*flags, "--out", place)
+        assert set(tmp_path.iterdir()) == before, "nothing is left behind"
     assert "nowhere" in refused("--predictions", tmp_path / "nowhere", "--data", golds)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import toy_decoder
 from scipy.linalg import svdvals
 from scipy.stats import entropy, rankdata
@@ -121,17 +122,25 @@ def test_few_labels_are_no_collapse():
 def test_pictures_of_collapsed_encodings(tmp_path):
     """All rows one point: nothing to draw apart, but no failure."""
     same = np.ones((12, 4))
-    plots.tsne(same, same, "one point", tmp_path / "tsne.png")
-    plots.spectrum({"run": {"text": same, "pred": same, "code": same}}, "one point", tmp_path / "spectrum.png")
+    encodings = {"text": same, "pred": same, "code": same}
+    plots.tsne(representation.sides(encodings), "one point", tmp_path / "tsne.png")
+    plots.spectrum({"run": encodings}, "one point", tmp_path / "spectrum.png")
     assert {path.name for path in tmp_path.iterdir()} == {"tsne.png", "spectrum.png"}
 
 
-def test_encodings_are_read_where_training_reads_them(examples):
-    """In the order of the examples, whatever the batches; Enc(Text) is the state that k = 0 would read."""
+@pytest.mark.parametrize("reverse", [False, True])
+@torch.no_grad()
+def test_encodings_are_read_where_training_reads_them(examples, reverse):
+    """In the order of the examples, whatever the batches; Enc is the state that k = 0 would read."""
     model = LLMJEPA(toy_decoder("llama"), 2).eval()
-    found = representation.encode(model, examples, batch_size=3)
+    found = representation.encode(model, examples, batch_size=3, reverse=reverse)
+    compared = representation.sides(found, reverse).values()
     for i, e in enumerate(examples):
-        pred, code = model.encodings(data.collate([e], 2))
-        text, _ = model.encodings(data.collate([e], 0))
-        for name, state in (("text", text), ("pred", pred), ("code", code)):
-            np.testing.assert_allclose(found[name][i], state[0].detach().numpy(), rtol=1e-4, atol=1e-5)
+        for side, state in zip(compared, model.encodings(data.collate([e], 2, reverse=reverse)), strict=True):
+            np.testing.assert_allclose(side[i], state[0].numpy(), rtol=1e-4, atol=1e-5)
+        for name, state in zip(("text", "code"), model.encodings(data.collate([e], 0)), strict=True):
+            np.testing.assert_allclose(found[name][i], state[0].numpy(), rtol=1e-4, atol=1e-5)
+    first, second = compared
+    aligned = np.mean(np.diag(cosine_similarity(first, second)))
+    assert representation.report(found, reverse=reverse)["cosine_aligned"] == pytest.approx(aligned, abs=1e-6)
+    assert np.abs(found["pred"] - found["code" if reverse else "text"]).max() > 0.1
