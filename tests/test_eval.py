@@ -321,6 +321,20 @@ def test_a_name_with_a_bar_does_not_break_the_table():
     assert results.markdown([["", "a|b"], ["x", "1"]]) == ["|   | a\\|b |", "|---|------|", "| x | 1    |"]
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    cli.write(tmp_path / "new/file", "old")
+    with pytest.raises(ZeroDivisionError), cli.writing(tmp_path / "new/file") as unfinished:
+        unfinished.write_text("half")
+        1 // 0
+    with pytest.raises(cli.UserError, match="new: is a folder"):
+        cli.write(tmp_path / "new", "text")
+    with pytest.raises(cli.UserError, match="choose a place"), cli.writing(tmp_path / "new/file") as unfinished:
+        unfinished.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    assert (tmp_path / "new/file").read_text() == "old"
+
+
 # ---- other systems' outputs
 
 
