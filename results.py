@@ -72,25 +72,26 @@ def read_outputs(path, conversations):
     """
     lines = _objects(path)
     by_row = {row_number(conversation): conversation for conversation in conversations}
-    rows = [made.get("row") for made in lines] if "row" in lines[0] else list(by_row)[: len(lines)]
-    for number, row in enumerate(rows, 1):
-        if row not in by_row:
+    numbered, left = "row" in lines[0], dict(by_row)
+    if len(lines) > len(by_row):
+        raise UserError(f"{path}:{len(by_row) + 1}: --data has only {len(by_row)} rows; give one output for each")
+    answers = []
+    for number, made in enumerate(lines, 1):
+        row = made.get("row") if numbered else next(iter(left))
+        if not isinstance(row, int) or row not in by_row:
             raise UserError(f"{path}:{number}: --data has no row {row}; are these the outputs for another file?")
-        if row in rows[: number - 1]:
+        if left.pop(row, None) is None:
             raise UserError(f"{path}:{number}: is another output for row {row} of --data; give one for each")
-    if len(lines) > len(rows):
-        raise UserError(f"{path}:{len(rows) + 1}: --data has only {len(rows)} rows; give one output for each")
-    missing = next((where for row, where in by_row.items() if row not in set(rows)), None)
-    if missing and "row" not in lines[0]:
-        raise UserError(f"{path}:{len(lines) + 1}: the file ends, with no output for {missing.where} and what follows; "
+        answers.append({"row": row, "output": made["output"]})
+        answers[-1] |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
+                        if isinstance(made.get(name), kind)}
+    if left and not numbered:
+        missing = next(iter(left.values())).where
+        raise UserError(f"{path}:{len(lines) + 1}: the file ends, with no output for {missing} and what follows; "
                         f"give {len(by_row)} outputs, or --limit {len(lines)}")
-    if missing:
-        print(f"{path.name} answers {len(rows)} of {len(by_row)} rows; the others are left out", file=sys.stderr)
-    answers = [{"row": row, "output": made["output"]} for row, made in zip(rows, lines, strict=True)]
-    for answer, made in zip(answers, lines, strict=True):
-        answer |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
-                   if isinstance(made.get(name), kind)}
-    return answers, [by_row[row] for row in rows]
+    if left:
+        print(f"{path.name} answers {len(lines)} of {len(by_row)} rows; the others are left out", file=sys.stderr)
+    return answers, [by_row[answer["row"]] for answer in answers]
 
 
 def _objects(path):

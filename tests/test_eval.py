@@ -362,8 +362,9 @@ def test_other_systems_outputs(tmp_path, refused, capsys):
     assert "out.jsonl answers 2 of 3 rows" in capsys.readouterr().err
     write(out, {"row": 3, "output": "a"}, {"row": 3, "output": "b"})
     assert "out.jsonl:2: is another output for row 3" in refused(*flags)
-    write(out, {"row": 3, "output": "a"}, {"row": 4, "output": "b"})
-    assert "out.jsonl:2: --data has no row 4" in refused(*flags)
+    for row in (4, 0, "1", [1], None):
+        write(out, {"row": 3, "output": "a"}, {"row": row, "output": "b"})
+        assert f"out.jsonl:2: --data has no row {row}" in refused(*flags)
     out.write_text("\n")
     assert "out.jsonl: is empty" in refused(*flags)
     assert "none of the 3 rows can be scored as gsm8k" in refused(
