@@ -64,7 +64,7 @@ def writing(path):
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}; choose a place that can be written") from None
+        raise UserError(f"{path}: {failure.strerror or failure}; choose a place that can be written") from None
 
 
 def write(path, text):
