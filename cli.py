@@ -1,4 +1,4 @@
-"""What the commands share: a user's mistake ends in one line and exit code 2, `--help` shows every default, and a text
+"""What the commands share: a user's mistake ends in one line and exit code 2, `--help` shows every default, and a
 file is written whole or not at all."""
 
 import argparse

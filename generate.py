@@ -116,7 +116,7 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     column = torch.arange(width, device=device)
     seen = (column < shared) | (column >= shared + gap)  # (B, width): columns that new tokens may attend to
     may_see, cache = mask(torch.where(seen, TEXT, PAD)), Cache()  # (B, width, width)
-    if shared:
+    if shared:  # the same in every row: the first row's columns become those of all
         decoder.hidden(ids[:1, :shared], may_see[:1, :shared, :shared], column[None, :shared], cache)
     hidden = decoder.hidden(ids[:, shared:], may_see[:, shared:], (column - gap).clamp(min=0)[:, shared:], cache)
 

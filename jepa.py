@@ -122,7 +122,10 @@ class LLMJEPA(nn.Module):
         return self.decoder.hidden(batch.ids, mask(batch.segment), batch.position, embeds=embeds)
 
     def encodings(self, batch, hidden=None):
-        """Pred(Enc(Text)) and Enc(Code), each (N, C) in fp32: the states at the columns that the batch names."""
+        """Pred(Enc(Text)) and Enc(Code), each (N, C) in fp32: the states at the columns that the batch names.
+
+        In a batch that was built with reverse=True these columns hold Enc(Text) and Pred(Enc(Code)).
+        """
         hidden = self.hidden(batch) if hidden is None else hidden
         return [hidden[at[:, 0], at[:, 1]].float() for at in (batch.text_at, batch.code_at)]
 

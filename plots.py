@@ -93,12 +93,12 @@ def spectrum(runs, title, path):
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         for (run, encodings), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
             x = encodings[name]
-            values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)[: len(x) - 1]
-            label_once = {"label": short(run)} if axis is axes[0] else {}
-            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, **label_once)
+            values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)
+            values = values[: len(x) - 1]  # centred rows span one dimension less: the next one is zero
+            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, label=short(run))
         axis.set(xlabel="index", title=label, yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("singular value / sqrt(n)")
-    figure.legend(loc="outside lower center", ncols=min(3, len(runs)))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(runs)))
     figure.suptitle(title)
     save(figure, path)

@@ -1,6 +1,6 @@
 """The run folder: what train.py leaves on disk, and how eval.py and --resume read it back.
 
-    config.json      every setting, the sha256 of the data files, versions
+    config.json      every setting, how many rows it trains on, the sha256 of the data files, versions
     log.jsonl        one object per logged step, and one per validation
     checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
                      training.pt (optimizer, random state, step; opened with weights_only: it cannot run code)

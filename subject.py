@@ -144,7 +144,9 @@ def read(path, header):
         return {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
-        first, *rest = map(json.loads, lines or [json.dumps(header)])
+        if not lines:
+            return {}
+        first, *rest = map(json.loads, lines)
         if first != header or not all(isinstance(line["output"], str) for line in rest):
             raise ValueError
         return {line["row"]: line for line in rest}

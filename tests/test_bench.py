@@ -1,5 +1,7 @@
 """The cost formula against torch's own counter; no timing is asserted."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from conftest import STYLES, toy_decoder
@@ -42,6 +44,15 @@ def test_separate_passes_cost_what_the_readme_says(examples):
         tokens += len(ids)
     paper = data.collate([e], k, "paper")
     assert tokens == (paper.segment != 4).sum() == len(e.full) + len(e.text) + k + len(e.code)
+
+
+def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
+    """Three rows in four turns: each is decoded once by either slow way, all four prompts in every turn by the fast."""
+    decoder, prompts = toy_decoder("llama"), [e.full for e in examples]
+    found = bench.time_decoding(decoder, prompts, -1, Namespace(rows=3, new_tokens=6, decode_batch=2))
+    naive, cached, batched = (answers for _, answers in found.values())
+    expected = [bench.one_by_one(decoder, prompt, -1, 6) for prompt in prompts]
+    assert naive == cached == expected[:3] and batched == expected * 4
 
 
 def test_the_naive_loop_is_the_same_text(examples):

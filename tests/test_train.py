@@ -107,6 +107,12 @@ def test_a_toy_task_is_learnt(tmp_path, lam):
     assert all(value is None for value in jepa) if lam == "0" else all(value is not None for value in jepa)
 
 
+def test_a_log_file_is_not_flooded_by_the_bar(toy, tmp_path, capfd):
+    """Twelve steps, each of which is logged: where stderr is no terminal the bar shows once an epoch, not each step."""
+    inside("--out", tmp_path / "run", *toy, *SMALL)
+    assert capfd.readouterr().err.count("step/s") <= 2
+
+
 def test_a_run_folder_is_complete(straight, toy):
     names = {path.name for path in straight.iterdir()}
     assert names == {"config.json", "log.jsonl", "loss.png", "checkpoint", "best"}
