@@ -17,12 +17,12 @@ import math
 import os
 from pathlib import Path
 
-import cli
 import data
-import plots
-import results
-import score
-from cli import UserError
+from evaluation import plots
+from evaluation import report as results
+from evaluation import tasks as score
+from support import cli
+from support.cli import UserError
 
 # Room for an answer, in tokens, by task. Longer gold answers are told of before generation starts.
 BUDGET = {"exact": 128, "gsm8k": 512, "spider": 256, "nq_open": 64, "hellaswag": 8, "label": 8}
@@ -135,8 +135,8 @@ def main():
     if args.predictions:
         return score_outputs(args)
 
-    import runs  # from here on models are needed, which --predictions does without
-    import subject
+    from evaluation import answers as subject
+    from hf import runs  # from here on models are needed, which --predictions does without
 
     for path in filter(None, [*args.runs, args.base]):
         if not subject.is_run(path) and args.out is None and path != args.base:

@@ -6,23 +6,24 @@ its encoding of Code (paper, section 3):
 
     L = gamma * L_LM(conversation) + lam * d( Pred(Enc(Text)), Enc(Code) )        d: 1 - cosine similarity, or another
 
-    Enc(x)   the hidden state, after the final norm, at the last content token of x, where x is read alone
-    Pred     no extra network: k learned vectors, the [PRED] tokens, are appended to Text; the state at the last of them
-             is Pred(Enc(Text)). The decoder itself is the predictor. k = 0 is the identity: Text's last state.
+    Enc(x)   the hidden state, after the final norm, of the last content token of x, where x stands alone
+    Pred     no extra network: k learned vectors, the [PRED] tokens, are appended to Text, and the hidden state of the
+             last of them is Pred(Enc(Text)). The decoder itself is the predictor. k = 0: Text's own last state.
 
-Nothing is frozen: no teacher, no moving average, no projection head; the gradient flows into both views.
+Nothing is frozen: no teacher, no moving average, no projection head; the gradient flows into both views. The paper
+searches lam from 0.5 to 4 and k from 0 to 4, and keeps gamma = 1.
 
 
 One row, four segments
 ----------------------
-Three encodings are needed: of the conversation, of Text followed by [PRED], of Code alone. All three come out of one
-forward pass over one row, because a mask decides what each token may know:
+Three passes are needed: over the conversation, over Text followed by [PRED], and over Code alone. One forward pass over
+one row gives all three, because the mask decides what each token may know:
 
-                 TEXT                  ANSWER                 PRED          CODE
-    tokens       system, question      header, answer, stop   [PRED] x k    header, answer again
-    position     0 1 2 3 ...           goes on after TEXT     after TEXT    0 1 2 ...
-    learns       -                     answer and stop        -             -
-    read         (k = 0: last token)   -                      last token    last token
+                 TEXT                  ANSWER                     PRED          CODE
+    tokens       system, question      role tag, answer, stop     [PRED] x k    role tag, answer (once more)
+    position     0 1 2 3 ...           goes on after TEXT         after TEXT    0 1 2 ...
+    learns       -                     to write answer and stop   -             -
+    encoding     (k = 0: last token)   -                          last token    last token
 
 The mask is causal, and a token sees only the segments that its own view consists of (# = may attend):
 
@@ -30,44 +31,94 @@ The mask is causal, and a token sees only the segments that its own view consist
     TEXT          #
                   # #
                   # # #
-    ANSWER        # # #  #                 reads on from TEXT: the conversation, as in plain fine-tuning
+    ANSWER        # # #  #                 goes on from TEXT: the conversation, as in plain fine-tuning
                   # # #  # #
-    PRED          # # #       #            reads on from TEXT as well, but has never seen the answer
-    CODE                         #         reads nothing but itself
+    PRED          # # #       #            goes on from TEXT too, at the same positions, and has never seen the answer
+    CODE                         #         knows nothing but itself
                                  # #
 
-Leave out PRED and CODE and what remains *is* plain fine-tuning. Since TEXT sees neither ANSWER nor CODE, its states
-serve the language model and the predictor at once. Positions restart for each view, so that CODE cannot tell that it
-stands in a longer row. Text's view has the system turn in it here; `--layout paper` encodes the user's turn alone, in a
-second row. `data.collate` builds such rows; this file knows only segment numbers. Read next: `model.py`.
+ANSWER and PRED are two continuations of the same TEXT that do not know of each other. Leave out PRED and CODE, and what
+remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and what runs at **inference**, where the
+model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
 
-    B rows, T columns, N pairs of views, C hidden width, V vocabulary
+This is the `fused` layout. In the `paper` layout, the official code's, Text is encoded a second time without the
+system turn, in a row of its own: [TEXT ANSWER] and [user's turn alone + PRED | CODE]. Where the views are the same
+tokens, both layouts and three separate passes give the same losses and gradients; `python jepa.py` shows it.
+
+
+What it costs, what can go wrong
+--------------------------------
+*Cost.* A conversation of n tokens with a Code of c costs 1 + (k + c) / n times plain fine-tuning when fused; paper adds
+Text once more. **JEPA-loss dropout** (`--loss_dropout`, paper section 5) makes a share of the steps plain next-token
+steps: their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
+
+*No gain is guaranteed.* The next-token loss alone already makes Text's states good for predicting Code, token by token;
+the JEPA term asks for one state that resembles another. It can regularise, or take capacity away: hence the controls.
+
+*Collapse.* If every Text and every Code has the same encoding, the cosine loss is zero and nothing has been learnt. The
+usual guards (stop-gradient, moving average, negatives) are absent by design: only the next-token loss stands against
+it. So a small JEPA loss proves nothing. Look at the cosine of *shuffled* pairs, each Text with another row's Code:
+while the encodings tell rows apart, true pairs are closer than shuffled ones; after collapse both are 1. `train.py`
+prints the two side by side. `infonce` below is a distance that collapse does not make small.
+
+Read next: `model.py`; then `data.py`, whose `collate` builds the `Batch` that this file takes.
+
+    B rows, T columns, L labels, N pairs of views, C hidden width, V vocabulary
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-# Segments say who may see what; the [PRED] vectors themselves are marked by their ids, see `LLMJEPA.hidden`.
-TEXT, ANSWER, PRED, CODE, PAD = range(5)
+TEXT, ANSWER, PRED, CODE, PAD = range(5)  # the segments
+SEES = {  # segment of a token: segments that it may attend to
+    TEXT: {TEXT},
+    ANSWER: {TEXT, ANSWER},
+    PRED: {TEXT, PRED},
+    CODE: {CODE},
+    PAD: {PAD},  # padding sees padding: a softmax over nothing is NaN
+}
 
-# SEES[q, k]: may a token of segment q attend to a token of segment k?
-SEES = torch.tensor([
-    # TEXT  ANSWER PRED   CODE   PAD
-    [True, False, False, False, False],  # TEXT
-    [True, True, False, False, False],  # ANSWER
-    [True, False, True, False, False],  # PRED
-    [False, False, False, True, False],  # CODE
-    [False, False, False, False, True],  # PAD sees PAD: a row of the softmax must never be empty, or it is NaN
-])
+
+@cache
+def sees_table(device):  # -> (5, 5)
+    """SEES as a tensor, made once per device: copying it there in every step would make the device wait."""
+    return torch.tensor([[key in SEES[query] for key in range(5)] for query in range(5)], device=device)
 
 
 def mask(segment):  # (B, T) -> (B, T, T)
     """True where the token in column q may attend to the token in column k <= q."""
     causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
-    return SEES.to(segment.device)[segment[:, :, None], segment[:, None, :]] & causal
+    return sees_table(segment.device)[segment[:, :, None], segment[:, None, :]] & causal
+
+
+class Batch(NamedTuple):
+    """What a forward pass needs, all int64. An "at" tensor lists (row, column) places in the (B, T) tensors."""
+
+    ids: torch.Tensor  # (B, T): a token id, or -1, -2, ... for the first, second, ... [PRED] vector, wherever it stands
+    segment: torch.Tensor  # (B, T): TEXT ... PAD, what a token may see
+    position: torch.Tensor  # (B, T): starts at 0 for each view
+    label_at: torch.Tensor  # (L, 2): the places whose next token is to be predicted
+    label: torch.Tensor  # (L,): the ids of those next tokens
+    text_at: torch.Tensor  # (N, 2): the place whose state is Pred(Enc(Text)), for each example
+    code_at: torch.Tensor  # (N, 2): the place whose state is Enc(Code)
+
+    def to(self, device):
+        """The same on another device; a GPU copies while it works, if the batch lies in pinned memory."""
+        pinned = (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor for tensor in self)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+
+
+def pick(hidden, at):  # (B, T, C), (N, 2) -> (N, C)
+    """The states at the given places."""
+    return hidden[at[:, 0], at[:, 1]]
+
+
+# ---- distances between predicted and actual encodings. A new one needs an entry in DISTANCES, and nothing else.
 
 
 def cosine(text, code):  # (N, C), (N, C) -> ()
@@ -92,16 +143,22 @@ def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> ()
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
+IN_BATCH = {"infonce"}  # these compare the rows of a forward pass with each other
+
+
+# ---- the model and its loss
+
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32
 
 
 class Losses(NamedTuple):
     total: torch.Tensor  # gamma * lm + lam * jepa
-    lm: torch.Tensor  # cross-entropy, nats per labelled token
+    lm: torch.Tensor  # cross-entropy, nats per label
     jepa: torch.Tensor  # distance, per pair of views; 0 where the batch was built without views
 
 
 class LLMJEPA(nn.Module):
-    """A decoder and its k [PRED] vectors; calling it with a `data.Batch` gives the losses.
+    """A decoder and its k [PRED] vectors; calling it with a `Batch` gives the losses.
 
     `.pred` (k, C) is a parameter of its own and not k rows of the vocabulary: the vectors cannot be predicted as
     tokens, and an exported checkpoint keeps its vocabulary. They start at random within the cloud of token embeddings.
@@ -113,38 +170,108 @@ class LLMJEPA(nn.Module):
         table = decoder.embed.weight.detach().float()  # (V, C)
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
+    def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
+        """`Losses` of a batch.
+
+        stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
+        whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
+        part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
+        not for distances IN_BATCH, which compare the rows of a part only).
+        """
+        return self.losses(self.hidden(batch), batch, lam, distance, gamma, stop_grad, whole)
+
     def hidden(self, batch):
-        """The state of every token, (B, T, C). Id -1 stands for the first [PRED] vector, -2 for the second, ..."""
-        embeds = self.decoder.embed(batch.ids.clamp(min=0))
+        """The state of every token, (B, T, C)."""
+        embeds = self.decoder.embed(batch.ids.clamp(min=0))  # a [PRED] vector has a negative id: replaced below
         if len(self.pred):
-            vectors = self.pred[(-1 - batch.ids).clamp(min=0)]  # pred[0] where ids >= 0: not used there
-            embeds = torch.where((batch.ids < 0)[:, :, None], vectors.type_as(embeds), embeds)
+            vectors = self.pred[(-1 - batch.ids).clamp(min=0)].type_as(embeds)
+            embeds = torch.where((batch.ids < 0)[:, :, None], vectors, embeds)
         return self.decoder.hidden(batch.ids, mask(batch.segment), batch.position, embeds=embeds)
 
-    def encodings(self, batch, hidden=None):
-        """Pred(Enc(Text)) and Enc(Code), each (N, C) in fp32: the states at the columns that the batch names.
-
-        In a batch that was built with reverse=True these columns hold Enc(Text) and Pred(Enc(Code)).
-        """
-        hidden = self.hidden(batch) if hidden is None else hidden
-        return [hidden[at[:, 0], at[:, 1]].float() for at in (batch.text_at, batch.code_at)]
-
-    def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", step=None):
-        """The losses of a batch.
-
-        step: (labelled tokens, pairs) of the whole optimizer step when this batch is one part of it. Each loss is then
-        this part's share: the parts' losses (and gradients) sum to those of the whole, however it was cut (but for
-        infonce, which compares within a part).
-        stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
-        """
-        hidden = self.hidden(batch)
-        labelled = batch.label != -100  # (B, T); the output matrix is the largest of all: used only where it is needed
-        tokens, pairs = step or (labelled.sum(), len(batch.text_at))
-        logits = self.decoder.logits(hidden[labelled]).float()
-        lm = F.cross_entropy(logits, batch.label[labelled], reduction="sum") / tokens
+    def losses(self, hidden, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
+        """What `forward` gives, from the states of the batch, (B, T, C)."""
+        if whole is None:
+            whole = len(batch.label), len(batch.text_at)
+        labels, pairs = whole
+        lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / labels
         jepa = torch.zeros_like(lm)
         if len(batch.text_at):
-            text, code = self.encodings(batch, hidden)
-            text, code = (t.detach() if name == stop_grad else t for name, t in (("text", text), ("code", code)))
-            jepa = DISTANCES[distance](text, code) * (len(text) / pairs)
+            text, code = self.encodings(hidden, batch)
+            if stop_grad == "text":
+                text = text.detach()
+            if stop_grad == "code":
+                code = code.detach()
+            share = len(batch.text_at) / pairs
+            jepa = share * DISTANCES[distance](text, code)
         return Losses(gamma * lm + lam * jepa, lm, jepa)
+
+    def encodings(self, hidden, batch):
+        """Pred(Enc(Text)) and Enc(Code), each (N, C) in fp32.
+
+        In a batch built with reverse=True, where Code predicts Text, these are Enc(Text) and Pred(Enc(Code)).
+        """
+        return pick(hidden, batch.text_at).float(), pick(hidden, batch.code_at).float()
+
+    def next_token_loss(self, states, label):  # (L, C), (L,) -> ()
+        """Cross-entropy, summed over the labels.
+
+        Logits over a large vocabulary outweigh all else in memory. So they are made for a part of the labels at a time,
+        and once more in the backward pass (`checkpoint`) instead of being kept.
+        """
+        def of_part(states, label):
+            return F.cross_entropy(self.decoder.logits(states).float(), label, reduction="sum")
+
+        at_once = max(1, LOGITS_AT_ONCE // self.decoder.config.vocab_size)
+        if len(label) <= at_once:
+            return of_part(states, label)
+        parts = zip(states.split(at_once), label.split(at_once), strict=True)
+        return torch.stack([checkpoint(of_part, *part, use_reentrant=False) for part in parts]).sum()
+
+
+# ---- python jepa.py
+
+
+def main():
+    """A toy row under random weights: what it looks like, and its losses from one pass and from three."""
+    from model import Config, Decoder
+
+    torch.manual_seed(0)
+    words = "lines with a dog <answer> d o g <stop>".split()
+    number = {word: i for i, word in enumerate(words)}
+    model = LLMJEPA(Decoder(Config(len(words), n_layer=2, n_head=2, d_model=32, d_ff=64)), k=2)
+
+    text, answer, code = (line.split() for line in ("lines with a dog", "<answer> d o g <stop>", "<answer> d o g"))
+    ids = [number[word] for word in text + answer] + [-1, -2] + [number[word] for word in code]
+    segment = [TEXT] * 4 + [ANSWER] * 5 + [PRED] * 2 + [CODE] * 4
+    position = [0, 1, 2, 3] + [4, 5, 6, 7, 8] + [4, 5] + [0, 1, 2, 3]
+    targets = [4, 5, 6, 7]  # from "<answer>" on, each of these columns is to predict the next one
+    places = lambda columns: torch.tensor([[0, column] for column in columns])  # noqa: E731
+    batch = Batch(
+        ids=torch.tensor([ids]), segment=torch.tensor([segment]), position=torch.tensor([position]),
+        label_at=places(targets), label=torch.tensor([ids[column + 1] for column in targets]),
+        text_at=places([10]), code_at=places([14]),
+    )
+    print("One row: column, segment, position, token (* is to be written, and so is the loss of the column before it)")
+    for column, (token, at) in enumerate(zip(ids, position, strict=True)):
+        word = words[token] if token >= 0 else f"[PRED {-token}]"
+        name = ("TEXT", "ANSWER", "PRED", "CODE")[segment[column]]
+        seen = "".join("#" if allowed else "." for allowed in mask(batch.segment)[0, column])
+        print(f"  {column:2d}  {name:6s} {at:2d}  {word + ' *' * (column - 1 in targets):10s}  may attend to  {seen}")
+
+    def alone(ids):
+        """The states of a view that has a forward pass of its own, (T, C)."""
+        row, empty = torch.tensor([ids]), torch.zeros(0, 2, dtype=torch.long)
+        causal = torch.full_like(row, TEXT)
+        return model.hidden(Batch(row, causal, torch.arange(len(ids))[None], empty, empty[:, 0], empty, empty))[0]
+
+    with torch.no_grad():
+        fused = model(batch, lam=2.0)
+        lm = F.cross_entropy(model.decoder.logits(alone(ids[:9])[targets]), batch.label)
+        jepa = cosine(alone(ids[:4] + [-1, -2])[-1:], alone(ids[11:])[-1:])
+    print("\nlosses at lam = 2         total       lm     jepa")
+    print("one pass over the row   %.6f %.6f %.6f" % fused)
+    print("three separate passes   %.6f %.6f %.6f" % (lm + 2 * jepa, lm, jepa))
+
+
+if __name__ == "__main__":
+    main()

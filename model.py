@@ -2,13 +2,13 @@
 
 In: token ids (or embeddings), a mask that says who may attend to whom, a position for every token. Out: the hidden
 state of every token after the final norm, and logits from it. Nothing here knows what a view, a tokenizer or a model
-family is: `jepa.py` makes the mask, `data.py` the positions, `weights.py` turns Hugging Face families into `Config`s.
+family is: `jepa.py` makes the mask, `data.py` the positions, `hf/` turns Hugging Face folders into `Decoder`s.
 
     B rows, T new columns, S columns attended to (S = T without a cache), C = d_model, H heads, G key/value heads,
     D = head_dim, V = vocab_size
 
-The two classic styles are GPT-2 (learned positions, LayerNorm, GELU, biases) and Llama (the defaults below: RoPE,
-RMSNorm, SwiGLU, grouped-query attention). Every later family is one of them with a few fields changed. Next: `data.py`.
+The default is Llama's style: RoPE, RMSNorm, SwiGLU, no biases. GPT-2's (learned positions, LayerNorm, GELU, biases) and
+every later family change a few fields of `Config`. Read next: `data.py`.
 """
 
 import math
@@ -31,28 +31,26 @@ class Config:
     head_dim: int | None = None  # None: d_model / n_head
     block_size: int = 1024  # the longest a view may be, in tokens
     tied: bool = True  # the output matrix is the embedding matrix
-    embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d_model)
-    # positions
     position: str = "rope"  # or "learned" (GPT-2)
     rope_theta: float = 10000.0
-    rope_fraction: float = 1.0  # Phi rotates only this part of each head
-    rope_scaling: dict | None = None  # {"type": "linear" | "llama3", "factor": ..., ...}, see `rope_frequencies`
-    # norms
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-5
-    norm_plus_one: bool = False  # Gemma stores w - 1
-    pre_norm: bool = True  # norm what goes into attention and MLP
-    post_norm: bool = False  # norm what comes out of them (OLMo-2; Gemma-2 and 3 do both)
-    parallel: bool = False  # Phi: attention and MLP read the same normed input
-    qk_norm: str | None = None  # "head": each head of q and k (Qwen-3, Gemma-3); "full": all heads as one (OLMo-2)
-    # linear layers
+    activation: str = "silu"  # or "gelu", "gelu_tanh"
+    gated: bool = True  # down(act(gate(x)) * up(x)), otherwise down(act(up(x)))
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+
+    # What other families change. A first reader may skip this part, and every line below that names one of its fields.
+    embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d_model)
+    norm_plus_one: bool = False  # Gemma stores w - 1
+    pre_norm: bool = True  # norm what goes into attention and MLP
+    post_norm: bool = False  # norm what comes out of them (OLMo-2; Gemma-2 and 3 do both)
+    parallel: bool = False  # Phi: attention and MLP take the same normed input
+    qk_norm: str | None = None  # "head": each head of q and k (Qwen-3, Gemma-3); "full": all heads as one (OLMo-2)
     head_bias: bool = False  # of the output matrix (Phi)
-    activation: str = "silu"  # or "gelu", "gelu_tanh"
-    gated: bool = True  # down(act(gate(x)) * up(x)), otherwise down(act(up(x)))
-    # attention
+    rope_fraction: float = 1.0  # Phi rotates only this part of each head
+    rope_scaling: dict | None = None  # {"type": "linear" | "llama3", "factor": ..., ...}, see `rope_frequencies`
     attn_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attn_softcap: float | None = None  # Gemma-2: cap * tanh(scores / cap)
     logit_softcap: float | None = None
@@ -87,11 +85,16 @@ def make_norm(config, width=None):
     return RMSNorm(width, config.norm_eps, config.norm_plus_one)
 
 
-def rope_frequencies(config, windowed=False):
+def make_embedding(rows, width):
+    """nn.Embedding, its weights not drawn yet: `Decoder` draws all weights of a model that starts from scratch."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
+def rope_frequencies(config, device, windowed=False):
     """Radians per position for each rotated pair of dimensions, (R/2,). RoFormer, arXiv 2104.09864, section 3.2.2."""
     theta = config.rope_theta_window if windowed and config.rope_theta_window else config.rope_theta
     rotated = int(config.head_dim * config.rope_fraction)
-    frequency = theta ** -(torch.arange(0, rotated, 2).float() / rotated)
+    frequency = theta ** -(torch.arange(0, rotated, 2, device=device).float() / rotated)
     scaling = config.rope_scaling
     if scaling is None or (windowed and config.rope_theta_window):
         return frequency
@@ -117,6 +120,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Multi-head attention: who attends to whom is the mask's business alone."""
+
     def __init__(self, config, layer):
         super().__init__()
         c, self.config, self.layer = config, config, layer
@@ -154,6 +159,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two or, gated, three projections with a nonlinearity between them."""
+
     def __init__(self, config):
         super().__init__()
         c = config
@@ -169,6 +176,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream x (B, T, C)."""
+
     def __init__(self, config, layer):
         super().__init__()
         norm_if = lambda wanted: make_norm(config) if wanted else nn.Identity()  # noqa: E731
@@ -190,20 +199,23 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, blocks, final norm, output matrix."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, more time
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = make_embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
-            self.position_embed = nn.Embedding(config.block_size, config.d_model)
+            self.position_embed = make_embedding(config.block_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        self.apply(self._init)
+        if not self.embed.weight.is_meta:  # shapes alone are wanted where weights are loaded: see hf/weights.py
+            self.apply(self._draw)
 
-    def _init(self, module):
+    def _draw(self, module):
         """GPT-2's: N(0, 0.02), and less for what is added to the residual stream, so that depth does not swell it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -213,34 +225,44 @@ class Decoder(nn.Module):
             for projection in (module.attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def forward(self, ids):
+        """Logits (B, T, V) of ids (B, T) as any language model gives them: one text a row, each token sees all before.
+
+        Training and decoding call `hidden`, with masks and positions of their own.
+        """
+        B, T = ids.shape
+        causal = torch.ones(B, T, T, dtype=torch.bool, device=ids.device).tril()
+        position = torch.arange(T, device=ids.device).expand(B, T)
+        return self.logits(self.hidden(ids, causal, position))
+
     def hidden(self, ids, mask, position, cache=None, embeds=None):
         """States after the final norm, (B, T, C).
 
         ids (B, T). mask (B, T, S) bool: True where token q may attend to column k. position (B, T): counted per view.
-        cache: `generate.Cache`, holds the S - T earlier columns. embeds (B, T, C) stands in for `embed(ids)`.
+        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C) stands in for `embed(ids)`.
         """
         c = self.config
         x = (self.embed(ids) if embeds is None else embeds) * c.embed_scale  # (B, T, C)
-        key_position = position if cache is None else cache.extend(position)  # (B, S)
         if c.position == "learned":
             x = x + self.position_embed(position)
-        masks = {False: mask}
+        key_position = position if cache is None else cache.extend(position)  # (B, S)
+        rope, mask_window, rope_window = self.rope(position), None, None
         if any(c.windowed):
-            masks[True] = mask & (position[:, :, None] - key_position[:, None, :] < c.window)
-        ropes = {windowed: self._rope(position, windowed) for windowed in masks}
+            mask_window = mask & (position[:, :, None] - key_position[:, None, :] < c.window)
+            rope_window = self.rope(position, windowed=True)
         for block, windowed in zip(self.blocks, c.windowed, strict=True):
-            step = (x, masks[windowed], ropes[windowed], cache)
+            arguments = (x, mask_window, rope_window, cache) if windowed else (x, mask, rope, cache)
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, *step, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(*step)
+                x = block(*arguments)
         return self.norm(x)
 
-    def _rope(self, position, windowed):
+    def rope(self, position, windowed=False):
+        """Cosines and sines of RoPE's angles, (B, 1, T, R/2) each; None where positions are learned."""
         if self.config.position != "rope":
             return None
-        frequency = rope_frequencies(self.config, windowed).to(position.device)
-        angle = position[:, None, :, None].float() * frequency  # (B, 1, T, R/2)
+        angle = position[:, None, :, None].float() * rope_frequencies(self.config, position.device, windowed)
         return angle.cos(), angle.sin()
 
     def logits(self, hidden):

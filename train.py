@@ -25,18 +25,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import cli
 import data
-import generate
-import lora
-import plots
-import runs
-import tokenizer as tokenizers
-import weights
-from cli import UserError
+import hf
+from evaluation import generate, plots
+from hf import lora, runs, weights
+from hf.runs import RANK, WORLD
 from jepa import DISTANCES, LLMJEPA, PAD
 from model import Config, Decoder
-from runs import RANK, WORLD
+from support import cli
+from support.cli import UserError
 
 SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
 
@@ -172,7 +169,7 @@ class Run:
 
     args: argparse.Namespace
     model: LLMJEPA
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: data.Tokenizer
     examples: list[data.Example]
     validation: tuple[list, list] | None  # conversations and examples
     source: Path | None  # the Hugging Face folder that the model came from
@@ -374,7 +371,7 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(args.seed)
-    tokenizer = tokenizers.load(args.tokenizer)
+    tokenizer = hf.tokenizer(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)
     if checkpoint:
         model = runs.load_model(checkpoint, args.lora_dropout)
@@ -388,8 +385,8 @@ def main():
                         f"{config.vocab_size}; choose the model's own --tokenizer")
     read = partial(data.load, tokenizer=tokenizer, limit=config.block_size, k=args.k, too_long=args.too_long,
                    train_on=args.train_on, stop_label=not args.no_stop_label)
-    _, examples = read(args.data)
-    validation = read(args.val) if args.val else None
+    _, examples = read(data.read(args.data))
+    validation = read(data.read(args.val)) if args.val else None
     check_views(args, examples)
 
     model.to(device).train()

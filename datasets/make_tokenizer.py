@@ -13,9 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import cli  # noqa: E402
+from hf.tokenizer import SYNTH_PATTERN, SYNTH_SPECIALS  # noqa: E402
+
 import data  # noqa: E402
-from tokenizer import SYNTH_PATTERN, SYNTH_SPECIALS  # noqa: E402
+from support import cli  # noqa: E402
 
 
 def main():

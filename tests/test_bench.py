@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import STYLES, toy_decoder
 
-import bench
 import data
+from experiments import bench
 from jepa import LLMJEPA
 
 
@@ -37,7 +37,7 @@ def test_separate_passes_cost_what_the_readme_says(examples):
     tokens = 0
     for ids in (e.full, e.text + [-1, -2], e.code):
         row, none = torch.tensor([ids]), torch.full((1, len(ids)), -100)
-        batch = data.Batch(row, torch.zeros_like(row), torch.arange(len(ids))[None], none, None, None)
+        batch = jepa.Batch(row, torch.zeros_like(row), torch.arange(len(ids))[None], none, None, None)
         with bench.FlopCounterMode(display=False) as counter, bench.sdpa_kernel(bench.SDPBackend.MATH):
             model.hidden(batch).sum().backward()
         assert bench.step_flops(model.decoder.config, batch) == counter.get_total_flops()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import data
-import tokenizer as tokenizers
-from cli import UserError
+import hf
 from jepa import CODE, PRED, TEXT
+from support.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "lines with a dog"}
@@ -20,7 +20,7 @@ ANSWER = {"role": "assistant", "content": "(dog)|.*"}
 
 @pytest.fixture(scope="module")
 def synth():
-    return tokenizers.load("synth")
+    return hf.tokenizer("synth")
 
 
 def write(tmp_path, *rows, raw=None):
@@ -111,7 +111,8 @@ def test_a_label_is_the_next_id_even_if_that_equals_the_padding(synth):
     e = data.Example([5, 6, 0, 7, 0], [False, False, True, True, True], 1, [5], [6, 0, 7])
     longer = data.Example([5, 6, 1, 7, 2, 3, 0], [False] * 6 + [True], 1, [5], [6, 1])
     batch = data.collate([e, longer], 0, jepa=False)
-    assert batch.label.tolist() == [[-100, 0, 7, 0, -100, -100, -100], [-100] * 5 + [0, -100]]
+    assert batch.label.tolist() == [0, 7, 0, 0]
+    assert batch.label_at.tolist() == [[0, 1], [0, 2], [0, 3], [1, 5]]
 
 
 def test_earlier_turns_belong_to_text(tmp_path, synth):
@@ -136,12 +137,12 @@ def test_text_that_looks_like_a_special_token_stays_text(tmp_path, synth):
 def test_rows_that_do_not_fit_are_refused_or_skipped(tmp_path, synth, capsys):
     path = write(tmp_path, row(USER, ANSWER), row(USER, {"role": "assistant", "content": "dog " * 100}))
     with pytest.raises(UserError, match=r"rows.jsonl:2: needs \d+ tokens, the model has room for 40"):
-        data.load(path, synth, limit=40)
-    conversations, examples = data.load(path, synth, limit=40, too_long="skip")
+        data.examples_of(data.read(path), synth, limit=40)
+    conversations, examples = data.examples_of(data.read(path), synth, limit=40, too_long="skip")
     assert [c.where for c in conversations] == [f"{path}:1"] and len(examples) == 1
     assert "skipped 1 rows" in capsys.readouterr().err
     with pytest.raises(UserError, match="neither this row nor any other fits"):
-        data.load(path, synth, limit=3, too_long="skip")
+        data.examples_of(data.read(path), synth, limit=3, too_long="skip")
 
 
 def test_the_longest_view_counts_pred_but_not_the_row(tmp_path, synth):
@@ -164,8 +165,9 @@ def test_fused_rows(examples):
     expected = [*range(n), t, t + 1, *range(len(e.code))]
     assert batch.position[row, :used].tolist() == expected
     assert batch.segment[row, :used].tolist() == [0] * t + [1] * (n - t) + [2] * 2 + [3] * len(e.code)
-    assert (batch.segment[row, used:] == 4).all() and (batch.label[row, n - 1 :] == -100).all()
-    assert batch.label[row, t:n].tolist() == [*e.full[t + 1 :], -100]
+    assert (batch.segment[row, used:] == 4).all()
+    assert batch.label_at[: n - 1 - t].tolist() == [[0, column] for column in range(t, n - 1)]
+    assert batch.label[: n - 1 - t].tolist() == e.full[t + 1 :] and len(batch.label) == sum(sum(e.trained) for e in examples)
     for i, e in enumerate(examples):
         assert batch.text_at[i].tolist() == [i, len(e.full) + 1]
         assert batch.code_at[i].tolist() == [i, len(e.full) + 1 + len(e.code)]
@@ -183,7 +185,7 @@ def test_paper_rows(examples):
     used = len(e.text) + 1 + len(e.code)
     assert batch.ids[3, :used].tolist() == e.text + [-1] + e.code
     assert batch.position[3, :used].tolist() == [*range(len(e.text) + 1), *range(len(e.code))]
-    assert (batch.label[3] == -100).all() and batch.ids[2, : len(e.full)].tolist() == e.full
+    assert (batch.label_at[:, 0] % 2 == 0).all() and batch.ids[2, : len(e.full)].tolist() == e.full
     assert batch.text_at[1].tolist() == [3, len(e.text)] and batch.code_at[1].tolist() == [3, used - 1]
 
 
@@ -193,7 +195,7 @@ def test_front_pred_stands_before_the_users_content(examples):
     start, used = e.text_start, len(e.text) + 2
     assert batch.ids[1, :used].tolist() == e.text[:start] + [-1, -2] + e.text[start:]
     assert batch.position[1, :used].tolist() == [*range(used)]
-    assert batch.segment[1, :used].tolist() == [TEXT] * start + [PRED] * (used - start)
+    assert batch.segment[1, :used].tolist() == [TEXT] * used
     assert batch.text_at[0].tolist() == [1, used - 1]
 
 
@@ -209,7 +211,7 @@ def test_reverse_puts_pred_behind_code(examples, layout):
 
 def test_counts_are_what_the_losses_are_averaged_over(examples):
     batch = data.collate(examples, k=1)
-    assert data.count(examples) == ((batch.label != -100).sum(), len(batch.text_at))
+    assert data.count(examples) == (len(batch.label), len(batch.text_at))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -230,7 +232,7 @@ def test_the_command_shows_views_mask_and_statistics(tmp_path):
     command = [sys.executable, ROOT / "data.py", path, "--k", "1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "|[dog]|" in shown and "|[<|end|>]|" in shown and "| dog|" not in shown.split("ANSWER")[1].split("CODE")[0]
-    assert "TEXT   #..." in shown and "Pred(Enc(Text)) is read at row 0" in shown and "PRED1" in shown
+    assert "TEXT   #..." in shown and "Pred(Enc(Text)) is the state at row 0" in shown and "PRED1" in shown
     assert "fused row, k=1" in shown
     bad = subprocess.run([*command, "--row", "5"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1

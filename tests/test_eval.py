@@ -12,15 +12,15 @@ import pytest
 import torch
 from test_train import SMALL, inside, toy_rows
 
-import cli
 import data
 import eval as eval_script
-import generate
-import results
-import runs
-import score
-import tokenizer as tokenizers
+import hf
+from evaluation import generate
+from evaluation import report as results
+from evaluation import tasks as score
+from hf import runs
 from jepa import mask
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 ORACLE = Path(__file__).parent / "oracle/model"
@@ -107,7 +107,7 @@ def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
     """A run in the paper layout: its Text has no system turn, and so the figures are those of that view."""
     inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", "--reverse", "--max_steps", "2")
     call(tmp_path / "run", "--data", rows, "--max_new_tokens", "1")
-    model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), tokenizers.load("synth")
+    model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), hf.tokenizer("synth")
     examples = [data.example(c, tokenizer) for c in data.read(rows)]
     with torch.no_grad():
         text, code = model.encodings(data.collate(examples, 1, layout="paper", reverse=True))
@@ -234,7 +234,7 @@ def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
     data_file = write(tmp_path / "hellaswag_x.jsonl", *(chat(user, "B") for user in users))
     call(trained[1], "--data", data_file, "--out", tmp_path / "out")
     found, rows = metrics(tmp_path / "out"), lines(tmp_path / "out/predictions.jsonl")
-    model, tokenizer = runs.load_model(trained[1] / "best").eval(), tokenizers.load("synth")
+    model, tokenizer = runs.load_model(trained[1] / "best").eval(), hf.tokenizer("synth")
 
     def likelihood(user, answer):
         prompt = [i for piece in tokenizer.chat([{"role": "user", "content": user}]) for i in piece.ids]

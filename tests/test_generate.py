@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import STYLES, toy_decoder
 
-import generate
+from evaluation import generate
 from jepa import mask
 
 

@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-import tokenizer as ours
-from cli import UserError
+import hf
+from support.cli import UserError
 
 ORACLE = Path(__file__).parent / "oracle/model"
 SYSTEM, USER, ANSWER = ({"role": role, "content": content} for role, content in (
@@ -110,7 +110,7 @@ def theirs(folder, messages, **settings):
 @pytest.mark.parametrize("name", ["chatml", "gemma", "mistral"])
 def test_ids_equal_transformers(made, kind, name):
     folder = made(kind, TEMPLATES[name])
-    tokenizer = ours.load(folder)
+    tokenizer = hf.tokenizer(folder)
     for messages in CONVERSATIONS:
         wanted = messages
         if name == "gemma" and messages[0] is SYSTEM:  # which it refuses: the system text goes in front of the user's
@@ -126,7 +126,7 @@ def test_ids_equal_transformers(made, kind, name):
 
 def test_the_oracle_models_template():
     transformers = pytest.importorskip("transformers")
-    tokenizer, reference = ours.load(ORACLE), transformers.AutoTokenizer.from_pretrained(ORACLE)
+    tokenizer, reference = hf.tokenizer(ORACLE), transformers.AutoTokenizer.from_pretrained(ORACLE)
     for messages in CONVERSATIONS:
         assert flat(tokenizer.chat(messages)) == reference.apply_chat_template(messages, return_dict=False)
     assert tokenizer.decode([tokenizer.stop]) == "<|eot_id|>" and tokenizer.vocab_size == 1024
@@ -135,7 +135,7 @@ def test_the_oracle_models_template():
 def test_the_official_codes_ids():
     """The recorded ids of the official code's views, from the sentences that they decode to."""
     truth = json.loads((ORACLE.parent / "official.json").read_text())["views"]["k0/base"]
-    tokenizer = ours.load(ORACLE)
+    tokenizer = hf.tokenizer(ORACLE)
     for view in truth:
         rendered = tokenizer.decode(view["full"])
         system, user, answer = (part.split("<|end_header_id|>\n\n")[1] for part in rendered.split("<|eot_id|>")[:3])
@@ -147,7 +147,7 @@ def test_the_official_codes_ids():
 
 
 def test_the_date_does_not_change_by_the_day(made):
-    tokenizer = ours.load(made("byte-level", LLAMA3))
+    tokenizer = hf.tokenizer(made("byte-level", LLAMA3))
     rendered = tokenizer.decode(flat(tokenizer.chat([SYSTEM, USER, ANSWER])))
     assert rendered.startswith("<s><|head|>system<|end|>\n\nToday: 01 Jan 2025\n\nConvert natural")
     assert rendered.endswith("(.*dog.*){3,}<|eot|>")
@@ -157,7 +157,7 @@ def test_the_date_does_not_change_by_the_day(made):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_views_of_every_template(made, kind, name):
     """TEXT ends with the user's content, answer and stop token are the targets, one BOS at most in each view."""
-    tokenizer = ours.load(made(kind, TEMPLATES[name]))
+    tokenizer = hf.tokenizer(made(kind, TEMPLATES[name]))
     bos, = tokenizers.Tokenizer.from_file(str(Path(tokenizer.name) / "tokenizer.json")).encode(
         "<s>", add_special_tokens=False).ids
     for messages in CONVERSATIONS:
@@ -175,7 +175,7 @@ def test_views_of_every_template(made, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_that_looks_like_a_special_token_stays_text(made, kind, name):
-    tokenizer = ours.load(made(kind, TEMPLATES[name]))
+    tokenizer = hf.tokenizer(made(kind, TEMPLATES[name]))
     hostile = "a<|im_end|><s></s><turn>b<end_turn><|eot|>"
     messages = [{"role": role, "content": hostile} for role in ("user", "assistant")]
     e = data.example(data.Conversation(messages, "x:1"), tokenizer)
@@ -186,14 +186,14 @@ def test_text_that_looks_like_a_special_token_stays_text(made, kind, name):
 
 
 def test_any_text_comes_back(made):
-    tokenizer = ours.load(made("byte-level", CHATML))
+    tokenizer = hf.tokenizer(made("byte-level", CHATML))
     for text in ("", " ", "\n\n\t", "naïve café 日本語 🙂", "<|im_end|>", " a , b . 's n't"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_models_get_the_plain_template_behind_one_bos(made, kind):
-    tokenizer = ours.load(made(kind, None))
+    tokenizer = hf.tokenizer(made(kind, None))
     e = data.example(data.Conversation([USER, ANSWER], "x:1"), tokenizer)
     assert tokenizer.decode([tokenizer.stop]) == "</s>" and tokenizer.decode(e.full[:1]) == "<s>"
     assert e.full.count(e.full[0]) == 1 and e.full[-1] == tokenizer.stop and e.code[0] == e.text[0] == e.full[0]
@@ -211,7 +211,7 @@ def test_base_models_get_the_plain_template_behind_one_bos(made, kind):
 ])
 def test_bad_templates_are_refused_in_one_line(made, template, complaint):
     with pytest.raises(UserError) as caught:
-        ours.load(made("byte-level", template)).chat([USER, ANSWER])
+        hf.tokenizer(made("byte-level", template)).chat([USER, ANSWER])
     assert complaint in str(caught.value) and str(caught.value).count("\n") == 0
 
 
@@ -220,7 +220,7 @@ def test_bad_folders_are_refused_in_one_line(made, tmp_path):
         folder = Path(shutil.copytree(made("byte-level", CHATML), tmp_path / break_it.__name__))
         break_it(folder)
         with pytest.raises(UserError) as caught:
-            ours.load(folder)
+            hf.tokenizer(folder)
         return str(caught.value)
 
     def no_tokenizer(folder):
@@ -257,7 +257,7 @@ def test_blanks_are_text_even_where_they_are_added_tokens(made):
                                          "content": text, "special": False})
 
     folder = altered(made("byte-level", CHATML), add_blanks)
-    tokenizer, code = ours.load(folder), "def f():\n\n    return 1"
+    tokenizer, code = hf.tokenizer(folder), "def f():\n\n    return 1"
     ids = tokenizer.encode(code)
     assert flat(tokenizer.chat(said(code, code))) == theirs(folder, said(code, code))
     assert tokenizer.decode(ids) == code and {tokenizer.vocab_size - 1, tokenizer.vocab_size - 2} <= set(ids)
@@ -265,7 +265,7 @@ def test_blanks_are_text_even_where_they_are_added_tokens(made):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_text_changes_nothing_around_it(made, kind):
-    tokenizer = ours.load(made(kind, GEMMA))
+    tokenizer = hf.tokenizer(made(kind, GEMMA))
     harmless, hostile = (tokenizer.chat(said(f"x{text}y", f"z{text}")) for text in ("|", "</s><end_turn>"))
     assert [p.ids for p in harmless if p.turn is None] == [p.ids for p in hostile if p.turn is None]
     assert [tokenizer.decode(p.ids).strip() for p in hostile if p.turn is not None] == [
@@ -282,7 +282,7 @@ def test_text_stays_text_where_the_model_itself_knows_the_token(tmp_path):
     model.save(str(tmp_path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}<end>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
-    tokenizer = ours.load(tmp_path)
+    tokenizer = hf.tokenizer(tmp_path)
     ids = flat(tokenizer.chat(said("a</s>b＜end＞", "</s>")))
     assert [ids.count(i) for i in (tokenizer.stop, tokenizer.vocab_size - 1)] == [2, 1]
     assert tokenizer.stop not in tokenizer.encode("</s>")
@@ -292,7 +292,7 @@ def test_text_stays_text_where_the_model_itself_knows_the_token(tmp_path):
                                         ("chatml", "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n"
                                          "(.*dog.*){3,}")])
 def test_code_alone_holds_nothing_of_a_users_turn(made, name, code):
-    tokenizer = ours.load(made("byte-level", TEMPLATES[name]))
+    tokenizer = hf.tokenizer(made("byte-level", TEMPLATES[name]))
     e = data.example(data.Conversation([USER, ANSWER], "x:1"), tokenizer)
     assert tokenizer.decode(e.code) == code
     assert tokenizer.decode(flat(tokenizer.chat([ANSWER, USER, ANSWER]))).count("dog") == 3
@@ -301,12 +301,12 @@ def test_code_alone_holds_nothing_of_a_users_turn(made, name, code):
 @pytest.mark.parametrize("blank", ["", "\n"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_blank_system_turn(made, name, blank):
-    tokenizer = ours.load(made("byte-level", TEMPLATES[name]))
+    tokenizer = hf.tokenizer(made("byte-level", TEMPLATES[name]))
     pieces = tokenizer.chat([{"role": "system", "content": blank}, USER, ANSWER])
     assert [p.turn for p in pieces if p.turn is not None] == [1, 2]
     if name == "gemma":
         assert flat(pieces) == flat(tokenizer.chat([USER, ANSWER]))
-        untrimmed = ours.load(made("byte-level", GEMMA.replace(" | trim", "")))
+        untrimmed = hf.tokenizer(made("byte-level", GEMMA.replace(" | trim", "")))
         assert flat(untrimmed.chat([{"role": "system", "content": blank}, USER, ANSWER])) == flat(pieces)
 
 
@@ -314,7 +314,7 @@ def test_a_system_turn_that_a_template_leaves_out_goes_in_front_of_the_users(mad
     """Mistral-7B-Instruct-v0.3's prints it with the last turn, and only if that is the user's."""
     template = ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
                 "{% elif m.role != 'system' %} {{ m.content }}</s>{% endif %}{% endfor %}")
-    tokenizer = ours.load(made("byte-level", template))
+    tokenizer = hf.tokenizer(made("byte-level", template))
     assert tokenizer.decode(flat(tokenizer.chat([SYSTEM, USER, ANSWER]))) == (
         f"[INST] {SYSTEM['content']}\n\n{USER['content']}[/INST] {ANSWER['content']}</s>")
 
@@ -325,9 +325,9 @@ def test_nothing_is_cut_or_filled_up(made):
         spec["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                            "pad_type_id": 0, "pad_token": "<s>"}
 
-    tokenizer = ours.load(altered(made("byte-level", CHATML), limits))
+    tokenizer = hf.tokenizer(altered(made("byte-level", CHATML), limits))
     assert tokenizer.decode(tokenizer.encode(40 * "dog ")) == 40 * "dog "
-    assert tokenizer.encode("dog") == ours.load(made("byte-level", CHATML)).encode("dog")
+    assert tokenizer.encode("dog") == hf.tokenizer(made("byte-level", CHATML)).encode("dog")
     assert tokenizer.decode(flat(tokenizer.chat(said("x", 40 * "dog ")))).count("dog") == 40
 
 
@@ -338,7 +338,7 @@ def test_control_tokens_that_swallow_blanks(made):
             token["lstrip"] = token["rstrip"] = True
 
     folder = altered(made("byte-level", CHATML.replace("{{ m.role }}\n", "{{ m.role }}<|head|>")), greedy)
-    tokenizer, messages = ours.load(folder), said(" hi ", " yes \n")
+    tokenizer, messages = hf.tokenizer(folder), said(" hi ", " yes \n")
     e = data.example(data.Conversation(messages, "x:1"), tokenizer)
     assert e.full == theirs(folder, messages)
     targets = [i for i, wanted in zip(e.full, e.trained, strict=True) if wanted]
@@ -350,18 +350,18 @@ def test_the_eos_of_a_base_model_may_stand_in_config_json_alone(made):
     """As in GPT-2's own folder. And add_bos_token goes before what the tokenizer itself does."""
     folder = made("byte-level", None, eos_token=None)
     with pytest.raises(UserError, match="eos_token"):
-        ours.load(folder)
+        hf.tokenizer(folder)
     number = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("</s>")
     (folder / "config.json").write_text(json.dumps({"eos_token_id": number}))
-    assert ours.load(folder).stop == number
+    assert hf.tokenizer(folder).stop == number
     for add in (True, False):
-        tokenizer = ours.load(made("byte-level", None, add_bos_token=add))
+        tokenizer = hf.tokenizer(made("byte-level", None, add_bos_token=add))
         assert len(tokenizer.chat([USER, ANSWER])[0].ids) == add
 
 
 def test_the_plain_template_puts_no_blanks_between_its_parts(made):
     for kind in KINDS:
-        tokenizer = ours.load(made(kind, None))
+        tokenizer = hf.tokenizer(made(kind, None))
         decoded = tokenizer.decode(flat(tokenizer.chat([USER, ANSWER])))
         assert decoded.replace(" \n", "\n") == f"<s>User:\n{USER['content']}\n\nAssistant:\n{ANSWER['content']}</s>"
 
@@ -370,7 +370,7 @@ def test_generation_tags_and_other_special_tokens(made):
     template = CHATML.replace("{{ m.content }}<|im_end|>", "{%- generation -%}{{ m.content }}<|im_end|>"
                               "{%- endgeneration -%}") + "{{ pad_token }}"
     folder = made("byte-level", template, pad_token="<|eot|>")
-    tokenizer = ours.load(folder)
+    tokenizer = hf.tokenizer(folder)
     assert flat(tokenizer.chat([USER, ANSWER])) == theirs(folder, [USER, ANSWER], pad_token="<|eot|>")
 
 
@@ -382,7 +382,7 @@ def test_generation_tags_and_other_special_tokens(made):
 ])
 def test_bad_settings_are_refused_in_one_line(made, settings, complaint):
     with pytest.raises(UserError, match=complaint):
-        ours.load(made("byte-level", **{"template": settings.get("chat_template")} | {
+        hf.tokenizer(made("byte-level", **{"template": settings.get("chat_template")} | {
             key: value for key, value in settings.items() if key != "chat_template"}))
 
 
@@ -397,7 +397,7 @@ def test_jinja_is_set_up_as_in_transformers(made):
 {% endfor %}"""
     folder = made("byte-level", template)
     for user in ("hi", " hi", "\n hi \n", "\nhi"):
-        assert flat(ours.load(folder).chat(said(user, "  yes "))) == theirs(folder, said(user, "  yes "))
+        assert flat(hf.tokenizer(folder).chat(said(user, "  yes "))) == theirs(folder, said(user, "  yes "))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -411,7 +411,7 @@ def test_odd_added_tokens(made, kind):
             spec["added_tokens"].sort(key=lambda token: token["id"])
 
     folder = altered(made(kind, GEMMA.replace("<turn>", "x<think><turn>")), add)
-    tokenizer = ours.load(folder)
+    tokenizer = hf.tokenizer(folder)
     assert flat(tokenizer.chat([USER | {"content": "a cat"}, ANSWER | {"content": "no"}])) == theirs(
         folder, [USER | {"content": "a cat"}, ANSWER | {"content": "no"}])
     number = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("dog")
@@ -425,5 +425,5 @@ def test_unknown_words_and_an_older_folders_special_tokens(tmp_path):
     words.add_special_tokens(["<unk>", "</s>"])
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
-    tokenizer = ours.load(tmp_path)
+    tokenizer = hf.tokenizer(tmp_path)
     assert tokenizer.encode("a cat </s>") == [2, 0, 0] and tokenizer.stop == 1

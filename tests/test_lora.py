@@ -8,10 +8,9 @@ import torch
 from conftest import toy_decoder
 from safetensors.torch import load_file, save_file
 
-import lora
-import weights
-from cli import UserError
+from hf import lora, weights
 from jepa import LLMJEPA
+from support.cli import UserError
 
 IDS = torch.arange(1, 11)[None]
 CAUSAL = torch.ones(1, 10, 10, dtype=torch.bool).tril()

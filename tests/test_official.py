@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import data
-import weights
+from hf import weights
 from jepa import LLMJEPA
 
 ORACLE = Path(__file__).parent / "oracle"

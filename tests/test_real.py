@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 import data
-import generate
-import tokenizer as tokenizers
-import weights
+import hf
+from evaluation import generate
+from hf import weights
 from jepa import LLMJEPA, mask
 
 FOLDER = os.environ.get("NANO_SMOLLM2", "")
@@ -36,7 +36,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.load(FOLDER)
+    return hf.tokenizer(FOLDER)
 
 
 @torch.inference_mode()

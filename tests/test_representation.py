@@ -10,8 +10,8 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics.pairwise import cosine_similarity
 
 import data
-import plots
-import representation
+from evaluation import encodings as representation
+from evaluation import plots
 from jepa import LLMJEPA
 
 RANDOM = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import regular
-import score
+from evaluation import regexes as regular
+from evaluation import tasks as score
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,8 +237,8 @@ HOSTILE_REGEX = [
 ]
 RUN_HOSTILE = """
 import json, resource, sys
-import regular
-import score
+from evaluation import regexes as regular
+from evaluation import tasks as score
 path, evil, queries, regexes = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 right = [q for q in queries if score.spider(q.replace("{evil}", evil), "SELECT id FROM item", path, seconds=0.1)]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import tokenizer as tokenizers
-from cli import UserError
+import data
+import hf
+from support.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 ODD = ["", " ", "\n\n\t", "naïve café", "日本語 🙂", "a\x00b", "<|end|><|user|>", "~((dog.*[0-9].*){3,})", "  two  "]
@@ -16,7 +17,7 @@ ODD = ["", " ", "\n\n\t", "naïve café", "日本語 🙂", "a\x00b", "<|end|><|
 
 @pytest.fixture(scope="module")
 def synth():
-    return tokenizers.load("synth")
+    return hf.tokenizer("synth")
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -27,7 +28,7 @@ def test_any_text_comes_back(synth, text):
 
 
 def test_the_vocabulary_is_bytes_merges_and_four_special_tokens(synth):
-    ranks = tokenizers.read_ranks(tokenizers.SYNTH_RANKS)
+    ranks = data.read_ranks(data.SYNTH_RANKS)
     assert sorted(ranks.values()) == list(range(508)) and synth.vocab_size == 512
     assert all(ranks[bytes([b])] == b for b in range(256))
     assert synth.decode([synth.stop]) == "<|end|>"
@@ -43,7 +44,7 @@ def test_the_plain_template(synth):
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="nonsense"):
-        tokenizers.load("nonsense")
+        hf.tokenizer("nonsense")
 
 
 def test_gpt2_template(monkeypatch):
@@ -52,7 +53,7 @@ def test_gpt2_template(monkeypatch):
     if beside.exists():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(beside))
     try:
-        gpt2 = tokenizers.load("gpt2")
+        gpt2 = hf.tokenizer("gpt2")
     except UserError:
         pytest.skip("tiktoken's gpt2 files are not at hand")
     assert (gpt2.vocab_size, gpt2.stop) == (50257, 50256)
@@ -70,7 +71,7 @@ def test_the_shipped_ranks_are_what_the_script_makes(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     lines = out.read_text().split("\n")
     assert len(lines) == 509 and base64.b64decode(lines[300].split()[0])
-    shipped, few = tokenizers.read_ranks(tokenizers.SYNTH_RANKS), tokenizers.read_ranks(out)
+    shipped, few = data.read_ranks(data.SYNTH_RANKS), data.read_ranks(out)
     assert len(set(shipped) & set(few)) > 450
 
 

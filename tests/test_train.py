@@ -15,13 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import cli
 import data
-import lora
-import runs
 import train as train_script
-import weights
+from hf import lora, runs, weights
 from jepa import LLMJEPA
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]

@@ -13,11 +13,11 @@ import torch
 from conftest import toy_decoder
 from safetensors.torch import load_file, save_file
 
-import cli
 import jepa
-import weights
-from cli import UserError
+from hf import weights
 from model import Config, Decoder
+from support import cli
+from support.cli import UserError
 
 transformers = pytest.importorskip("transformers")
 

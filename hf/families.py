@@ -9,8 +9,8 @@ import json
 import math
 import re
 
-from cli import UserError
 from model import Config
+from support.cli import UserError
 
 # Tensor names, theirs: ours. '#' is the layer; each line stands for .weight and, where the Decoder has one, .bias.
 LLAMA = {

@@ -18,15 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
 import data
-import generate
-import runs
-import tokenizer as tokenizers
-import weights
-from cli import UserError
+import hf
+from evaluation import generate
+from hf import runs, weights
 from jepa import LLMJEPA, TEXT, mask
 from model import Config, Decoder
+from support import cli
+from support.cli import UserError
 
 KINDS = {  # what is timed: arguments of data.collate
     "plain fine-tuning": {"jepa": False},
@@ -47,7 +46,7 @@ def step_flops(config, batch):
     mlp = c.d_model * c.d_ff * (3 if c.gated else 2)
     linear = 2 * c.n_layer * (attention + mlp) * columns
     scores = 4 * c.n_layer * c.n_head * c.head_dim * columns**2
-    labels = (batch.label != -100).sum().item()
+    labels = len(batch.label)
     return 3 * (rows * (linear + scores) + 2 * c.vocab_size * c.d_model * labels)
 
 
@@ -151,11 +150,11 @@ def main():
     args = arguments()
     torch.manual_seed(0)
     device, _ = runs.hardware(args.device)
-    tokenizer = tokenizers.load(args.tokenizer or args.init or "synth")
+    tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")
     tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)
     decoder = weights.load(weights.fetch(args.init)) if args.init else Decoder(tiny)
     model = LLMJEPA(decoder, args.k).to(device)
-    _, examples = data.load(args.data, tokenizer, decoder.config.block_size, args.k, too_long="skip")
+    _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
         raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
 

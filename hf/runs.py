@@ -28,10 +28,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import lora
-import weights
-from cli import UserError, write, write_json
+from hf import lora, weights
 from jepa import LLMJEPA
+from support.cli import UserError, read_json, write, write_json
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
 PATHS = ("data", "val", "out")  # the settings that are paths
@@ -84,21 +83,19 @@ def read(run):
     path = Path(run) / "config.json"
     if not path.exists():
         raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made")
-    settings = read_json(path, "arguments")
+    settings = field(path, "arguments")
     try:
         settings |= {name: Path(settings[name]) if settings[name] else None for name in PATHS}
     except (KeyError, TypeError):
         raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made") from None
-    return argparse.Namespace(**settings), {"arguments": settings, "sha256": read_json(path, "sha256")}
+    return argparse.Namespace(**settings), {"arguments": settings, "sha256": field(path, "sha256")}
 
 
-def read_json(path, key):
+def field(path, key):
     """One value of a JSON object that this file's functions wrote."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))[key]
-    except OSError as failure:
-        raise UserError(f"{path}: {failure.strerror}; the run is not whole") from None
-    except (ValueError, KeyError, TypeError):
+        return read_json(path)[key]
+    except KeyError:
         raise UserError(f"{path}: has no {key!r} as a run's file does; is this the folder of a run?") from None
 
 
@@ -136,7 +133,7 @@ def load_model(folder, lora_dropout=0.0):
     """The `LLMJEPA` that save_model wrote; a Hugging Face folder without [PRED] vectors has k = 0."""
     folder = Path(folder)
     if (folder / "adapter.safetensors").exists():
-        decoder = weights.load(read_json(folder / "base.json", "base"))
+        decoder = weights.load(field(folder / "base.json", "base"))
         lora.load(decoder, folder / "adapter.safetensors", lora_dropout)
     else:
         decoder = weights.load(folder)

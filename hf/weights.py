@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-import families
-from cli import UserError, write, writing
+from hf import families
 from model import Decoder
+from support.cli import UserError, read_json, write, writing
 
 SIDE_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
     tokenizer.model chat_template.jinja chat_template.json generation_config.json""".split()  # copied by `save`
@@ -110,13 +109,8 @@ def fetch(name):
 
 def _bare_decoder(config):
     """A Decoder of shapes alone: nothing allocated, nothing drawn at random."""
-    normal = nn.init.normal_
-    nn.init.normal_ = lambda tensor, *_, **__: tensor  # on "meta" it draws nothing, but imports torch's compiler: 1 s
-    try:
-        with torch.device("meta"):
-            return Decoder(config)
-    finally:
-        nn.init.normal_ = normal
+    with torch.device("meta"):
+        return Decoder(config)
 
 
 def _convert(tensor, theirs, ours, wanted, where):
@@ -130,17 +124,6 @@ def _convert(tensor, theirs, ours, wanted, where):
         raise UserError(f"{where} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(shape)}")
     pieces = (tensor.t() if families.transposed(theirs) else tensor).split(rows)
     return {name: piece.float().contiguous() for name, piece in zip(ours, pieces, strict=True)}
-
-
-def read_json(path):
-    """The JSON object in a file. Raises UserError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def _files(folder):

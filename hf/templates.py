@@ -20,9 +20,9 @@ import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-import weights
-from cli import UserError
-from tokenizer import Piece, Tokenizer, plain_chat
+from data import Piece, Tokenizer, plain_chat
+from hf import weights
+from support.cli import UserError, read_json
 
 TODAY = datetime(2025, 1, 1)  # for templates that print the date: a run must not change from day to day
 MARK = "\ufdd0{}\ufdd1"  # two code points that Unicode reserves never to be text
@@ -163,7 +163,7 @@ def _plain_chat(private, stop):
         return ids[len(line) :] if ids[: len(line)] == line else private.encode(text, add_special_tokens=False).ids
 
     headers = {role: encode(f"{role.capitalize()}:\n") for role in ("system", "user", "assistant")}
-    return plain_chat(encode, headers, encode("\n\n"), stop)
+    return partial(plain_chat, encode, headers, encode("\n\n"), stop)
 
 
 def _plain(bos, chat, messages):
@@ -184,7 +184,7 @@ def _settings(folder):
 
 
 def _json(path):
-    return weights.read_json(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _template(folder, settings):

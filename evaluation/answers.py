@@ -11,23 +11,21 @@ import re
 import sys
 from dataclasses import dataclass
 
-import cli
 import data
-import generate
-import plots
-import representation
-import results
-import runs
-import tokenizer as tokenizers
-import weights
-from cli import UserError
+import hf
+from evaluation import encodings as representation
+from evaluation import generate, plots
+from evaluation import report as results
+from hf import runs
 from jepa import LLMJEPA
+from support import cli
+from support.cli import UserError
 
 
 @dataclass
 class Subject:
     model: LLMJEPA
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: data.Tokenizer
     layout: dict  # how training laid out the views; empty for a model that has no [PRED]
     seed: int | None  # of training
     stamp: str  # which weights: files and the start of their sha256
@@ -68,7 +66,7 @@ def is_run(path):
     """Is this a run folder of train.py? Otherwise it is a Hugging Face folder. Raises UserError where it is neither."""
     if not (path / "config.json").exists():
         raise UserError(f"{path}: no run and no model here (no config.json); give a folder of train.py or Hugging Face")
-    return "arguments" in weights.read_json(path / "config.json")
+    return "arguments" in cli.read_json(path / "config.json")
 
 
 def open_folder(path, device, tokenizer=None):
@@ -87,7 +85,7 @@ def open_folder(path, device, tokenizer=None):
         layout = {key: getattr(settings, key) for key in ("layout", "front_pred", "reverse")}
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
     stamp = " ".join(f"{file.name} {runs.sha256(file)[:16]}" for file in files)
-    model, tokenizer = runs.load_model(folder), tokenizers.load(tokenizer or name)
+    model, tokenizer = runs.load_model(folder), hf.tokenizer(tokenizer or name)
     vocabulary = model.decoder.config.vocab_size
     if tokenizer.vocab_size > vocabulary:
         raise UserError(f"{path}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model's embedding "
@@ -100,7 +98,7 @@ def load(subject, args):
     limit, k = subject.model.decoder.config.block_size, len(subject.model.pred)
     conversations = data.read(args.data)[: args.limit]
     results.check_answered(conversations)
-    conversations, examples = data.fitting(conversations, subject.tokenizer, limit, k, args.too_long)
+    conversations, examples = data.examples_of(conversations, subject.tokenizer, limit, k, args.too_long)
     if len(examples) < 4:
         raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
     lengths = [len(e.full) - e.answer_start for e in examples]

@@ -22,8 +22,9 @@ def encode(model, examples, batch_size, layout="fused", front_pred=False, revers
         chosen = by_length[start : start + batch_size]
         members = [examples[i] for i in chosen]
         trained = data.collate(members, k, layout=layout, front_pred=front_pred, reverse=reverse)
-        pred = model.encodings(trained.to(device))[1 if reverse else 0]
-        text, code = model.encodings(data.collate(members, 0, layout=layout).to(device))
+        trained, plain = (batch.to(device) for batch in (trained, data.collate(members, 0, layout=layout)))
+        pred = model.encodings(model.hidden(trained), trained)[1 if reverse else 0]
+        text, code = model.encodings(model.hidden(plain), plain)
         for name, states in (("text", text), ("pred", pred), ("code", code)):
             found[name] |= dict(zip(chosen, states.cpu().double().numpy(), strict=True))
     return {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-import regular
-import score
-from cli import UserError
+from evaluation import regexes as regular
+from evaluation import statistics
+from evaluation import tasks as score
+from support.cli import UserError
 
 RATES = {"exact": "exact match", "prefix": "starts with the gold answer", "contains": "contains the gold answer",
          "stopped": "ended by the stop token", "same_language": "same language as the gold regex",
@@ -157,7 +158,7 @@ def rates(rows):
     for name in RATES:
         known = [row[name] for row in rows if row.get(name) is not None]
         if known:
-            low, high = score.wilson(sum(known), len(known))
+            low, high = statistics.wilson(sum(known), len(known))
             shares[name] = {"value": sum(known) / len(known), "low": low, "high": high, "n": len(known)}
     return shares
 
@@ -230,9 +231,9 @@ def difference(result, first, metric, seed):
     if not pairs:
         return "-", "-"
     ours, others = zip(*pairs, strict=True)
-    middle, low, high = score.paired_bootstrap(ours, others, seed)
+    middle, low, high = statistics.paired_bootstrap(ours, others, seed)
     fewer = f", {len(pairs)} rows" if len(pairs) < max(len(result.rows), len(first.rows)) else ""
-    return f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]{fewer}", f"{score.mcnemar(ours, others):.3g}"
+    return f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]{fewer}", f"{statistics.mcnemar(ours, others):.3g}"
 
 
 def markdown(table):

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from cli import writing
+from support.cli import writing
 
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt  # noqa: E402

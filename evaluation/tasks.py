@@ -1,0 +1,117 @@
+"""Is one answer right? In: what the model wrote, what the data set says. Out: True or False.
+
+`correct(task, output, gold, ...)` is the one face of all tasks. Nothing here knows models or tokens. An empty output is
+wrong in every task. SQL is executed in `sql.py`, regexes are compared as languages in `regexes.py`.
+"""
+
+import re
+import string
+from decimal import Decimal
+from pathlib import Path
+
+from evaluation.sql import CannotScore, spider, spider_database
+
+# --- plain comparisons ---------------------------------------------------------------------------------------------
+
+
+def exact(output, gold):
+    """Equal text, white space at both ends aside.
+
+    >>> exact(" (dog)|(truck)\\n", "(dog)|(truck)"), exact("(truck)|(dog)", "(dog)|(truck)"), exact("", "")
+    (True, False, False)
+    """
+    return bool(output.strip()) and output.strip() == gold.strip()
+
+
+def starts_with_gold(output, gold):
+    """The output begins with the whole gold text, whatever follows.
+
+    >>> starts_with_gold("dog.* and more", "dog.*"), starts_with_gold("dog", "dog.*"), starts_with_gold("dog", "")
+    (True, False, False)
+    """
+    return bool(gold.strip()) and output.strip().startswith(gold.strip())
+
+
+def label(output, gold):
+    """The output begins with the label as whole words; anything may follow.
+
+    >>> label("Good. I liked it", "Good"), label("Goodness, no", "Good"), label("Very Bad", "Bad"), label("", "Bad")
+    (True, False, False, False)
+    """
+    rest = output.strip()[len(gold.strip()):]
+    return starts_with_gold(output, gold) and not re.match(r"\w", rest)
+
+
+def final_number(text):
+    """The number right after the first #### that one follows, or None; commas and $ do not count.
+
+    >>> final_number("so #### $1,250.50 a week"), final_number("1250")
+    (Decimal('1250.50'), None)
+    """
+    found = re.search(r"####\s*(-?[0-9]*\.?[0-9]+)", text.replace(",", "").replace("$", ""))
+    return Decimal(found[1]) if found else None
+
+
+def gsm8k(output, gold):
+    """The numbers after #### are equal as numbers. The working before them is not looked at.
+
+    >>> gsm8k("2 + 2 = 5 #### 4.0 dollars", "2 + 2 = 4\\n#### 4"), gsm8k("4", "#### 4"), gsm8k("#### 14", "#### 4")
+    (True, False, False)
+    """
+    answer = final_number(gold)
+    if answer is None:
+        raise CannotScore("the gold answer has no number after ####")
+    return final_number(output) == answer
+
+
+def normalise(text):
+    """Lower case, no ASCII punctuation, no articles, single spaces: the rule of SQuAD and of open NQ.
+
+    >>> normalise("The  Guy-Henry's!")
+    'guyhenrys'
+    """
+    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def nq_open(output, gold):
+    """One of the gold alternatives (separated by ;) occurs in the output as whole words, both normalised.
+
+    Never the reverse: an output inside the gold text would make the empty output right. An alternative of which nothing
+    is left after normalising counts for nothing; where that is so of all, no output can be judged.
+
+    >>> nq_open("It was the Guy Henry.", "Alec; Guy Henry"), nq_open("Guy", "Guy Henry"), nq_open("1980", "8")
+    (True, False, False)
+    """
+    alternatives = list(filter(None, map(normalise, gold.split(";"))))
+    if not alternatives:
+        raise CannotScore("no gold alternative has letters or digits")
+    return any(f" {words} " in f" {normalise(output)} " for words in alternatives)
+
+
+# --- one face for all tasks ----------------------------------------------------------------------------------------
+
+TASKS = {"exact": exact, "gsm8k": gsm8k, "spider": spider, "nq_open": nq_open, "hellaswag": exact, "label": label}
+FILES = {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
+
+
+def guess_task(file_name):
+    """The task that a data file's name announces; exact match for any other.
+
+    >>> guess_task("data/yelp_test.jsonl"), guess_task("gsm8k_train.jsonl"), guess_task("mine.jsonl")
+    ('label', 'gsm8k', 'exact')
+    """
+    name = Path(file_name).name.lower()
+    starts = {**{task: task for task in TASKS}, **FILES}
+    return next((task for start, task in starts.items() if name.startswith(start)), "exact")
+
+
+def correct(task, output, gold, user="", databases=None):
+    """Is OUTPUT right in TASK (a key of TASKS)? Spider alone needs the user's text and the folder of databases.
+
+    >>> correct("label", "Good", "Good"), correct("hellaswag", "A", "B")
+    (True, False)
+    """
+    if task == "spider":
+        return spider(output, gold, spider_database(user, databases))
+    return TASKS[task](output, gold)

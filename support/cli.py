@@ -1,0 +1,165 @@
+"""What the commands share: flags with checked values, one-line errors, printing that cannot fail, files written whole.
+
+A user's mistake ends in one line and exit code 2, and so does any failure to read or write a file.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: where (file:line), what is wrong, what to do."""
+
+    code = 2  # exit code of the command
+
+
+class Stopped(UserError):
+    """The command did its work as far as it could, and cannot go on."""
+
+    code = 1
+
+
+# ---- flags
+
+
+def parser(doc):
+    """An ArgumentParser that prints `doc` as written and reports bad flags as UserError."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
+
+    def error(message):
+        raise UserError(f"{message.removeprefix('argument ')} ({made.prog} --help lists the flags)")
+
+    made.error = error
+    return made
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each flag, the description's own line breaks kept."""
+
+
+def whole(least, most=2**31 - 1):
+    """The `type` of a flag: a whole number from `least` to `most`."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {least}" + (
+            f" and at most {most}" if text.strip("+-").isdigit() and int(text) > most else ""))
+    return convert
+
+
+def number(least=0.0, most=math.inf, above=False):
+    """The `type` of a flag: a finite number from `least` (or `above` it) to `most`."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value) and least <= value <= most and not (above and value == least):
+                return value
+        limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, {limits}")
+    return convert
+
+
+# ---- running a command
+
+
+def run(main):
+    """Call main() as a command: a UserError or a file that cannot be used -> one line, Ctrl-C -> exit code 130."""
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(_say(f"error: {mistake}", mistake.code))
+    except OSError as failure:
+        where = f"{failure.filename}: " if failure.filename else ""
+        sys.exit(_say(f"error: {where}{failure.strerror or failure}; give a file that can be used", 2))
+    except MemoryError:
+        sys.exit(_say("error: out of memory; try a smaller --batch_size, or fewer or shorter rows", 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+
+
+def _say(line, code):
+    print(" ".join(line.split("\n")), file=sys.stderr)
+    return code
+
+
+class Unbreakable:
+    """A stream to print on, whatever happens to it: printing must never end a run.
+
+    A character that its encoding lacks is printed as an escape. When the reader leaves (head, a closed terminal) or the
+    disk is full, the rest goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self._try(lambda: self.stream.write(text))
+
+    def flush(self):
+        return self._try(self.stream.flush)
+
+    def _try(self, action):
+        try:
+            return action()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+# ---- files
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A context whose value is the name to write a file under: it then becomes `path`, or on failure vanishes.
+
+    So a file is there whole or not at all. Its folder is made if need be. Raises UserError where that fails.
+    """
+    path = Path(path)
+    unfinished = path.parent / (path.name + ".partial")
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror or failure}; choose a place that can be written") from None
+
+
+def write(path, text):
+    """Write a text file, whole or not at all (see `writing`)."""
+    with writing(path) as unfinished:
+        unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may be no text
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The JSON object in a file. Raises UserError naming the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as failure:
+        raise UserError(f"{path}: {failure}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value

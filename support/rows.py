@@ -1,0 +1,142 @@
+"""Rows of a data file, checked: JSONL in, plain dicts out. Every mistake is reported by file and line.
+
+    {"messages": [turns]}                          a conversation; the last turn is the answer
+    {"messages": ..., "text": ..., "code": ...}    and views of its own: these are encoded, messages is trained on
+    {"prompt": ..., "completion": ...}             a question and its answer, as strings or turns (the format of TRL)
+    {"text": ..., "code": ...}                     the same
+    {"text": ...}                                  plain text, for --train_on all
+    {..., "group": 7}                              paraphrases: the Code of each row is the next row of its group
+
+A turn is {"role": "system" | "user" | "assistant", "content": "..."}. `data.py` makes examples of what comes out here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from support.cli import UserError
+
+VIEWS = {"text": "user", "code": "assistant"}  # who says a view that is given as a string
+PAIR = {"prompt": "user", "completion": "assistant"}
+
+
+def read(path):
+    """One dict {"messages", "where", "text", "code"} per row; the views are None where a row has none of its own.
+
+    Raises UserError naming file and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as failure:
+        raise UserError(f"{path}: {failure.strerror}; give a JSONL file with one conversation a line") from None
+    found = [check(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"{path}: the file has no rows")
+    return paraphrased(found)
+
+
+def paraphrased(found):
+    """The same rows. In each group the Code of every row is the next one's last turn, of the last row the first's."""
+    groups = {}
+    for row in found:
+        group = row.pop("group")
+        if group is not None:
+            groups.setdefault(group, []).append(row)
+    for group, members in groups.items():
+        if len(members) < 2:
+            where = members[0]["where"]
+            raise UserError(f"{where}: no other row has the group {group!r}; a paraphrase needs a partner")
+        for member, partner in zip(members, members[1:] + members[:1], strict=True):
+            member["code"] = partner["messages"][-1:]
+    return found
+
+
+def check(line, where):
+    """One line of a file as a dict."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as failure:
+        raise UserError(f"{where}: not UTF-8 (byte {failure.start} of the line); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as failure:
+        raise UserError(f"{where}: not JSON ({failure}); each line must be one JSON object") from None
+    known = isinstance(row, dict) and (
+        isinstance(row.get("messages"), list) or isinstance(row.get("text"), str) or PAIR.keys() <= row.keys())
+    if not known:
+        raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content", or '
+                        '{"prompt": ..., "completion": ...}')
+    text, code = (turns(row[name], role, where) if name in row else None for name, role in VIEWS.items())
+    group = row.get("group")
+    if group is not None and not isinstance(group, (str, int)):
+        raise UserError(f"{where}: a group must be a string or a number")
+    if group is not None and code is not None:
+        raise UserError(f"{where}: has a group and a code; the Code of a paraphrase is the next row of its group")
+    if "messages" in row:
+        messages = turns(row["messages"], None, where)
+    elif PAIR.keys() <= row.keys():
+        messages = [turn for name, role in PAIR.items() for turn in turns(row[name], role, where)]
+    else:
+        return {"messages": text + (code or []), "where": where, "text": None, "code": None, "group": group}
+    if (text is None) != (code is None):
+        raise UserError(f'{where}: has one of "text" and "code"; give both views, or neither')
+    check_roles([message["role"] for message in messages], where, group)
+    return {"messages": messages, "where": where, "text": text, "code": code, "group": group}
+
+
+def check_roles(roles, where, group):
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    pairs = ["user", "assistant"] * (len(spoken) // 2)
+    if not spoken or spoken != (pairs + ["user"] if group is not None else pairs):
+        some = f"{roles[:6]}" + (f" and {len(roles) - 6} more" if roles[6:] else "")
+        raise UserError(f"{where}: roles are {some}; wanted: system (optional), then user, assistant in turn")
+
+
+def turns(value, role, where):
+    """Turns of a conversation (role None) or a view; the last user's and the last assistant's must not be empty."""
+    messages = [{"role": role, "content": value}] if role and isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages and role:
+        raise UserError(f'{where}: a view must be a string or a list of turns with "role" and "content"')
+    messages = [turn(message, where) for message in messages]
+    for message in messages[-2:]:
+        system = message["role"] == "system" and not (role and message is messages[-1])  # a view is encoded at its end
+        if not system and not message["content"].strip():
+            raise UserError(f"{where}: the {message['role']}'s last turn is empty; nothing can be learnt from it")
+    return messages
+
+
+def turn(message, where):
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise UserError(f'{where}: a turn must be {{"role": system, user or assistant, "content": "..."}}')
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a lone surrogate (half of a \\ud83d\\ude00) is not text; mend the row") from None
+    return {"role": role, "content": content}
+
+
+def fitting(conversations, make, needs, limit, too_long):
+    """(conversations, examples) of the rows that have room in a model.
+
+    make: conversation -> example. needs: example -> tokens. Rows that need more than `limit` are refused, or with
+    too_long="skip" left out and reported.
+    """
+    kept, skipped = [], []
+    for conversation in conversations:
+        made = make(conversation)
+        if needs(made) <= limit:
+            kept.append((conversation, made))
+        elif too_long == "skip":
+            skipped.append(conversation.where)
+        else:
+            raise UserError(
+                f"{conversation.where}: needs {needs(made)} tokens, the model has room for {limit}; "
+                "take a model with more room, or leave such rows out with --too_long skip"
+            )
+    if skipped:
+        some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
+        print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)
+    if not kept:
+        raise UserError(f"{conversations[0].where}: neither this row nor any other fits into {limit} tokens")
+    conversations, examples = zip(*kept, strict=True)
+    return list(conversations), list(examples)
