@@ -9,6 +9,8 @@ that the README gives.
 """
 
 import os
+import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +24,7 @@ import data
 import hf
 from evaluation import generate
 from hf import runs, weights
-from jepa import LLMJEPA, TEXT, mask
+from jepa import LLMJEPA, PAD, TEXT, mask
 from model import Config, Decoder
 from support import cli
 from support.cli import UserError
@@ -32,6 +34,15 @@ KINDS = {  # what is timed: arguments of data.collate
     "LLM-JEPA, fused": {"layout": "fused"},
     "LLM-JEPA, paper": {"layout": "paper"},
 }
+
+
+def machine():
+    """What the figures of a file were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.system(), "torch": torch.__version__}
 
 
 def step_flops(config, batch):
@@ -78,7 +89,7 @@ def time_steps(model, examples, args, device):
                 memory[kind].append(torch.cuda.max_memory_allocated(device))
             if step >= 2:
                 seconds[kind].append(time.perf_counter() - began)
-                tokens[kind].append((batch.segment != 4).sum().item())
+                tokens[kind].append((batch.segment != PAD).sum().item())
                 flops[kind].append(step_flops(model.decoder.config, batch))
     middle = lambda values: statistics.median(values) if values else None  # noqa: E731
     return {kind: tuple(middle(m[kind]) for m in (seconds, tokens, flops, memory)) for kind in KINDS}

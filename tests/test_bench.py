@@ -8,7 +8,7 @@ from conftest import STYLES, toy_decoder
 
 import data
 from experiments import bench
-from jepa import LLMJEPA
+from jepa import LLMJEPA, PAD, TEXT, Batch
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -24,7 +24,7 @@ def test_fused_is_the_cheapest_way_to_all_three_views(examples):
     k, e = 2, max(examples, key=lambda e: len(e.full))
     n, t, c = len(e.full), len(e.text), len(e.code)
     columns = {kind: data.collate([e], k, **how).segment for kind, how in bench.KINDS.items()}
-    used = {kind: (segment != 4).sum().item() for kind, segment in columns.items()}
+    used = {kind: (segment != PAD).sum().item() for kind, segment in columns.items()}
     assert list(used.values()) == [n, n + k + c, n + t + k + c]
     decoder = toy_decoder("llama")
     cost = {kind: bench.step_flops(decoder.config, data.collate([e], k, **how)) for kind, how in bench.KINDS.items()}
@@ -36,14 +36,15 @@ def test_separate_passes_cost_what_the_readme_says(examples):
     model, e, k = LLMJEPA(toy_decoder("llama"), 2), examples[1], 2
     tokens = 0
     for ids in (e.full, e.text + [-1, -2], e.code):
-        row, none = torch.tensor([ids]), torch.full((1, len(ids)), -100)
-        batch = jepa.Batch(row, torch.zeros_like(row), torch.arange(len(ids))[None], none, None, None)
+        row, nowhere = torch.tensor([ids]), torch.zeros(0, 2, dtype=torch.long)
+        position = torch.arange(len(ids))[None]
+        batch = Batch(row, torch.full_like(row, TEXT), position, nowhere, nowhere[:, 0], nowhere, nowhere)
         with bench.FlopCounterMode(display=False) as counter, bench.sdpa_kernel(bench.SDPBackend.MATH):
             model.hidden(batch).sum().backward()
         assert bench.step_flops(model.decoder.config, batch) == counter.get_total_flops()
         tokens += len(ids)
     paper = data.collate([e], k, "paper")
-    assert tokens == (paper.segment != 4).sum() == len(e.full) + len(e.text) + k + len(e.code)
+    assert tokens == (paper.segment != PAD).sum() == len(e.full) + len(e.text) + k + len(e.code)
 
 
 def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
