@@ -1,4 +1,4 @@
-"""A real pretrained checkpoint, SmolLM2-135M-Instruct, in the folder that NANO_SMOLLM2 names."""
+"""A real pretrained checkpoint, SmolLM2-135M-Instruct, in the folder that LLMJEPA_SMOLLM2 names."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from evaluation import generate
 from hf import weights
 from jepa import LLMJEPA, mask
 
-FOLDER = os.environ.get("NANO_SMOLLM2", "")
+FOLDER = os.environ.get("LLMJEPA_SMOLLM2", "")
 pytestmark = pytest.mark.skipif(not Path(FOLDER, "model.safetensors").exists(),
-                                reason="NANO_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
-PUBLISHED = Path(__file__).parents[2] / "shared/data"
+                                reason="LLMJEPA_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+PUBLISHED = os.environ.get("LLMJEPA_PUBLISHED")  # a folder with the published data, *.jsonl
 PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "def add(a, b):", "2 + 2 =",
            "Name three colours, separated by commas."]
 QUERIES = [("How many singers are there?", "SELECT count(*) FROM singer"),
@@ -77,8 +77,8 @@ def test_ids_equal_the_tokenizers_library(tokenizer):
 
     theirs = library.Tokenizer.from_file(str(Path(FOLDER, "tokenizer.json")))
     lines = ["naïve café", "日本語 🙂", "def f(x):\n    return x ** 2\n", "3.14159 1,000,000", " \t\n\n ", "", 99 * "a"]
-    if PUBLISHED.exists():
-        rows = [line for path in sorted(PUBLISHED.glob("*_test.jsonl")) for line in path.read_text().splitlines()]
+    if PUBLISHED:
+        rows = [line for path in sorted(Path(PUBLISHED).glob("*_test.jsonl")) for line in path.read_text().splitlines()]
         lines += [json.loads(row)["messages"][-2]["content"] for row in random.Random(0).sample(rows, 500)]
     for line in lines:
         assert tokenizer.encode(line) == theirs.encode(line, add_special_tokens=False).ids
