@@ -167,6 +167,7 @@ class LLMJEPA(nn.Module):
     def __init__(self, decoder, k):
         super().__init__()
         self.decoder = decoder
+        self.gather = None  # of several processes: a function that collects the rows of all (support/processes.py)
         table = decoder.embed.weight.detach().float()  # (V, C)
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
@@ -195,13 +196,15 @@ class LLMJEPA(nn.Module):
         labels, pairs = whole
         lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / labels
         jepa = torch.zeros_like(lm)
-        if len(batch.text_at):
+        if pairs:
             text, code = self.encodings(hidden, batch)
             if stop_grad == "text":
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(batch.text_at) / pairs
+            share = len(text) / pairs
+            if self.gather and self.training:
+                text, code = self.gather(text), self.gather(code)
             jepa = share * DISTANCES[distance](text, code)
         return Losses(gamma * lm + lam * jepa, lm, jepa)
 
@@ -269,8 +272,8 @@ def main():
         lm = F.cross_entropy(model.decoder.logits(alone(ids[:9])[targets]), batch.label)
         jepa = cosine(alone(ids[:4] + [-1, -2])[-1:], alone(ids[11:])[-1:])
     print("\nlosses at lam = 2         total       lm     jepa")
-    print("one pass over the row   %.6f %.6f %.6f" % fused)
-    print("three separate passes   %.6f %.6f %.6f" % (lm + 2 * jepa, lm, jepa))
+    print(f"one pass over the row   {fused.total:.6f} {fused.lm:.6f} {fused.jepa:.6f}")
+    print(f"three separate passes   {lm + 2 * jepa:.6f} {lm:.6f} {jepa:.6f}")
 
 
 if __name__ == "__main__":

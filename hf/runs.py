@@ -1,26 +1,27 @@
-"""The run folder: what train.py leaves on disk, and how eval.py and --resume read it back.
+"""The run folder: what train.py leaves on disk, and how eval.py and --resume get it back.
 
-    config.json      every setting, how many rows it trains on, the sha256 of the data files, versions
+    config.json      every setting, how many rows it trains on, sha256 of all files it depends on, versions
     log.jsonl        one object per logged step, and one per validation
     checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
-                     training.pt (optimizer, random state, step; opened with weights_only: it cannot run code)
+                     training.pt (optimizer, random states, step; opened with weights_only: it cannot run code)
     best/            a Hugging Face folder and pred.safetensors: the weights with the best validation score, or
-                     without validation the last; what eval.py reads
+                     without validation the last; what eval.py opens
 
-Under LoRA, checkpoint/ holds the adapters and base.json, which names the folder they belong to; best/ is merged.
-
-Everything is written under another name first and then renamed, so a crash leaves the old state or the new, never half.
+Under LoRA, checkpoint/ holds the adapters in PEFT's format; best/ is merged. A folder is written under another name
+first and then renamed, so a crash leaves the old state or the new, never half.
 """
 
-import argparse
 import copy
+import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
 import shutil
-from functools import partial
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,32 +29,61 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import data
+import hf
 from hf import lora, weights
 from jepa import LLMJEPA
-from support.cli import UserError, read_json, write, write_json
+from model import Decoder
+from support import processes
+from support.cli import Stopped, UserError, read_json, write, write_json
+from support.processes import hardware  # noqa: F401  (until its callers import it from there)
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
-PATHS = ("data", "val", "out")  # the settings that are paths
+PATHS = ("data", "val", "out", "resume")  # the settings that are paths
+UMASK = os.umask(0)  # what a new file's mode must lack; there is no way to ask for it but to set another
+os.umask(UMASK)
+NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
 
 
-def hardware(name="auto", dtype="float32"):
-    """(device, autocast): where to run, and a context in which matrix products run in bfloat16 where that is wanted."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and WORLD > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as failure:
-        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if dtype == "bfloat16" and not has_bf16:
-        raise UserError(f"--dtype bfloat16: {device} has no fast bfloat16; leave the flag out")
-    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=has_bf16 and dtype != "float32")
+# ---- what a run depends on
+
+
+def digest(*paths):
+    """sha256 of one file, or of several together."""
+    found = []
+    for path in paths:
+        with open(path, "rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+def model_files(folder):
+    """What a model in a Hugging Face folder consists of: weights, settings, tokenizer, chat template."""
+    kinds = (".safetensors", ".bin", ".json", ".jinja")
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file())
+
+
+def tokenizer_digest(name):
+    if name == "synth":
+        return digest(data.SYNTH_RANKS)
+    if name in NAMES:
+        return name
+    files = model_files(weights.fetch(name))
+    return digest(*(path for path in files if "token" in path.name or path.suffix == ".jinja"))
+
+
+def digests(args):
+    """{what: sha256} of everything that decides what a run computes, besides its settings."""
+    found = {"data": digest(args.data), "val": args.val and digest(args.val)}
+    found["tokenizer"] = tokenizer_digest(args.tokenizer)
+    found["init"] = None if args.init == "tiny" else digest(*model_files(weights.fetch(args.init)))
+    return found
+
+
+# ---- the folder
 
 
 def create(args, rows):
-    """Make the folder args.out (chosen here if None) and its config.json. An existing run is never touched.
+    """Make the folder args.out (chosen here if None) and its config.json. What is there already is never touched.
 
     rows: how many examples it trains on.
     """
@@ -63,78 +93,178 @@ def create(args, rows):
         args.out = next(path for path in map(Path, names) if not path.exists())
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
-    settings = {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in vars(args).items()}
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty and holds no run; choose another --out")
+    settings = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config = {"arguments": settings, "rows": rows, "sha256": data_hashes(args), "versions": versions}
+    config = {"arguments": settings, "rows": rows, "sha256": digests(args), "versions": versions}
     write_json(args.out / "config.json", config)
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def lock(run):
+    """Hold a run for this process until it ends, however it ends. Keep what is returned. UserError if it is held."""
+    file = open(Path(run) / "config.json")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is training this run; wait for it, or stop it first") from None
+    return file
 
 
-def data_hashes(args):
-    """{"data": sha256 of that file, "val": ... or None}"""
-    return {"data": sha256(args.data), "val": args.val and sha256(args.val)}
-
-
-def read(run):
-    """(arguments, config) of a run folder. Raises UserError where `run` is none."""
+def settings(run):
+    """The config.json of a run folder, checked as far as this project's readers need. UserError where there is none."""
     path = Path(run) / "config.json"
     if not path.exists():
         raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made")
-    settings = field(path, "arguments")
-    try:
-        settings |= {name: Path(settings[name]) if settings[name] else None for name in PATHS}
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made") from None
-    return argparse.Namespace(**settings), {"arguments": settings, "sha256": field(path, "sha256")}
+    config = read_json(path)
+    arguments, sums = config.get("arguments"), config.get("sha256")
+    strings = ("init", "tokenizer", "data", "layout")
+    if not isinstance(arguments, dict) or not isinstance(sums, dict) or not all(
+            isinstance(arguments.get(name), str) for name in strings):
+        raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made")
+    return config
 
 
-def field(path, key):
-    """One value of a JSON object that this file's functions wrote."""
-    try:
-        return read_json(path)[key]
-    except KeyError:
-        raise UserError(f"{path}: has no {key!r} as a run's file does; is this the folder of a run?") from None
+def flags(run):
+    """The settings of a run as command-line flags, so that --resume checks them as it checks what a user types."""
+    found = []
+    for name, value in settings(run)["arguments"].items():
+        if name in ("out", "resume") or value is None or value is False:
+            continue
+        found += [f"--{name}"] if value is True else [f"--{name}={value}"]
+    return found
+
+
+def check_unchanged(args, run):
+    """Refuse to go on with a run if a file that it depends on is another now."""
+    before = settings(run)["sha256"]
+    for name, now in digests(args).items():
+        if name in before and now != before[name]:
+            raise UserError(f"{getattr(args, name)}: has changed since {run} began; put the old files back")
+
+
+def log(run, **line):
+    """Append one JSON object to a run's log; what is not a finite number becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    with open(Path(run) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def read_log(run):
+    """The objects of a run's log; none if there is no log yet. Damaged lines (a power cut) are left out."""
+    path, found, damaged = Path(run) / "log.jsonl", [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for text in filter(None, lines):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
+    return found
+
+
+# ---- models
 
 
 def save_model(model, folder, source=None, training=None):
-    """Write a model as `folder`, replacing the one that was there.
+    """Write an `LLMJEPA` as `folder`, replacing the one that was there.
 
     source: the Hugging Face folder that the decoder came from. training: the state to resume from; without it the
-    decoder is written as a model of its own, adapters merged.
+    decoder is written as a model of its own, adapters merged. Raises UserError, and leaves the old folder, where
+    that fails or a weight is not finite.
     """
     folder = Path(folder)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise Stopped(f"{folder}: not saved, {name} is not finite; what was saved before is still there")
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    adapted = lora.is_adapted(model.decoder)
+    try:
+        if adapted and training is not None:
+            lora.save(model.decoder, new, source)
+        else:
+            decoder = model.decoder
+            if adapted:
+                decoder = copy.deepcopy(decoder)
+                lora.merge(decoder)
+            weights.save(decoder, new, source)
+        save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
+        if training is not None:
+            torch.save(training, new / "training.pt")
+    except (RuntimeError, SafetensorError) as failure:  # torch.save and safetensors on a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        reason = str(failure).splitlines()[0]
+        raise UserError(f"{folder}: cannot be written ({reason}); what was saved before is still there") from None
+    for file in new.iterdir():
+        file.chmod(0o666 & ~UMASK)  # safetensors makes its files for the owner alone
+    replace(folder)
+
+
+def save_checkpoint(model, optimizer, args, source, state):
+    """Leave in checkpoint/ what a run goes on from. state: {"step", "random"}. All processes call this."""
+    folder = args.out / "checkpoint"
+    if args.shard:
+        processes.save_shards(model, optimizer, folder.with_name("checkpoint.new"))
+        if processes.RANK == 0:
+            torch.save(state, folder.with_name("checkpoint.new") / "training.pt")
+            replace(folder)
+    elif processes.RANK == 0:
+        save_model(model, folder, source, state | {"optimizer": optimizer.state_dict()})
+
+
+def save_best(model, args, source):
+    """Write the weights as best/. All processes call this: of a sharded model each holds a part only."""
+    if args.shard:
+        state = processes.whole_weights(model)
+        if processes.RANK == 0:
+            with torch.device("meta"):
+                model = LLMJEPA(Decoder(model.decoder.config), len(model.pred))
+            model.load_state_dict(state, assign=True)
+    if processes.RANK == 0:
+        save_model(model, args.out / "best", source)
+
+
+def load_checkpoint(model, optimizer, args):
+    """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step."""
+    folder = saved(args.out, "checkpoint")
+    if args.shard:
+        processes.load_shards(model, optimizer, folder)
+        optimizer = None
+    return load_training(folder, optimizer, processes.RANK)
+
+
+def replace(folder):
+    """Put what stands in FOLDER.new in the place of FOLDER; the old one stays until the new one is there."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    adapted = bool(lora.state(model.decoder))
-    if adapted and training is not None:
-        new.mkdir(parents=True)
-        lora.save(model.decoder, new / "adapter.safetensors")
-        write_json(new / "base.json", {"base": str(Path(source).resolve())})
-    elif adapted:
-        merged = copy.deepcopy(model.decoder)
-        lora.merge(merged)
-        weights.save(merged, new, source)
-    else:
-        weights.save(model.decoder, new, source)
-    save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
-    if training is not None:
-        torch.save(training, new / "training.pt")
     if folder.exists():
-        os.rename(folder, old)  # from here to the next line `old` is the state: see `resume`
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)  # from here to the next line `old` is the state: see `saved`
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def saved(run, *names):
+    """The first of these folders of a run that exists, also if a crash came between the two renames of `replace`."""
+    for name in names:
+        for folder in (Path(run) / name, Path(run) / f"{name}.old"):
+            if folder.exists():
+                return folder
+    raise UserError(f"{run}: holds no checkpoint yet; let train.py save one, or start the run anew with another --out")
 
 
 def load_model(folder, lora_dropout=0.0):
     """The `LLMJEPA` that save_model wrote; a Hugging Face folder without [PRED] vectors has k = 0."""
     folder = Path(folder)
-    if (folder / "adapter.safetensors").exists():
-        decoder = weights.load(field(folder / "base.json", "base"))
-        lora.load(decoder, folder / "adapter.safetensors", lora_dropout)
+    if (folder / "adapter_config.json").exists():
+        decoder = weights.load(weights.fetch(lora.base_of(folder)))
+        lora.load(decoder, folder, lora_dropout)
     else:
         decoder = weights.load(folder)
     path = folder / "pred.safetensors"
@@ -155,38 +285,85 @@ def load_model(folder, lora_dropout=0.0):
     return model
 
 
-def resume(run):
-    """(arguments, folder of the last checkpoint) of a run that is to go on."""
-    args, config = read(run)
-    args.out = Path(run)  # the folder may have been moved
-    for name, now in data_hashes(args).items():
-        if now != config["sha256"][name]:
-            raise UserError(f"{getattr(args, name)}: has changed since {run} began; put the old file back")
-    folder = args.out / "checkpoint"
-    if not folder.exists():
-        folder = args.out / "checkpoint.old"  # a crash came between the two renames of save_model
-    if not folder.exists():
-        raise UserError(f"{run}: holds no checkpoint to go on from; start the run anew with another --out")
-    return args, folder
-
-
-def restore(folder, optimizer, args):
-    """Put optimizer and random state back as they were, cut the log back to that step; returns (step, best score)."""
+def load_training(folder, optimizer, rank):
+    """Put the random states of process `rank`, and an optimizer, back as they were saved; returns the step."""
     path = Path(folder) / "training.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
-        found = [saved["optimizer"]["state"][i]["exp_avg"].shape for i in range(len(saved["optimizer"]["state"]))]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as failure:
-        raise UserError(f"{path}: cannot be read ({failure}); this run cannot go on, start another") from None
-    if found != wanted:
-        raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on, start another")
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"])
-    log = args.out / "log.jsonl"
-    if RANK > 0 or not log.exists():
-        return saved["step"], saved["best"]
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved["step"]]
-    write(log, "".join(kept))
-    return saved["step"], saved["best"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, random = state["step"], state["random"]
+        if optimizer is not None:
+            moments = state["optimizer"]["state"]
+            wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
+            if [moments[i]["exp_avg"].shape for i in range(len(moments))] != wanted:
+                raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on")
+            optimizer.load_state_dict(state["optimizer"])
+        set_random_state(random[rank % len(random)])
+        assert isinstance(step, int) and step >= 0
+    except UserError:
+        raise
+    except Exception as failure:  # a damaged file provokes whatever it likes
+        reason = "it is no checkpoint" if isinstance(failure, pickle.UnpicklingError) else repr(failure)[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); this run cannot go on, start another") from None
+    return step
+
+
+def random_state():
+    """The state of torch's random generators of this process: one of the CPU, one for each GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state):
+    torch.set_rng_state(state[0])
+    if torch.cuda.is_available() and len(state) == 1 + torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+def cut_log(run, step):
+    """Drop what a run logged after `step`; returns the validations that are left."""
+    kept = [line for line in read_log(run) if line["step"] <= step]
+    if (Path(run) / "log.jsonl").exists():
+        write(Path(run) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    return [line for line in kept if "val_lm" in line]
+
+
+@dataclass
+class Opened:
+    """A model to be evaluated."""
+
+    model: LLMJEPA
+    tokenizer: data.Tokenizer
+    layout: dict  # how training laid out the views; empty for a model that has no [PRED]
+    seed: int | None  # of training
+    data: str | None  # what it was trained on
+    stamp: str  # digest of every file that its answers depend on
+
+
+def is_run(path):
+    """Is this a run folder of train.py? Otherwise it is a Hugging Face folder. UserError where it is neither."""
+    if not (Path(path) / "config.json").exists():
+        raise UserError(f"{path}: no run and no model here (no config.json); give a folder of train.py or Hugging Face")
+    return "arguments" in read_json(Path(path) / "config.json")
+
+
+def open_model(path, device, tokenizer=None):
+    """The `Opened` model of a run folder (its best checkpoint if it has one, else its last) or a Hugging Face folder.
+
+    tokenizer: the name of another one than the model's own.
+    """
+    folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
+    if is_run(path):
+        arguments = settings(path)["arguments"]
+        folder, seed, trained_on = saved(path, "best", "checkpoint"), arguments.get("seed"), arguments["data"]
+        own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()
+        name = str(folder) if own else arguments["tokenizer"]
+        layout = {"layout": arguments["layout"]} | {
+            key: bool(arguments.get(key)) for key in ("front_pred", "reverse")}
+    model, name = load_model(folder), tokenizer or name
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{folder}: its weights are not finite, so it has no answers; evaluate another checkpoint")
+    opened, stamp = hf.tokenizer(name), f"{digest(*model_files(folder))[:16]} {tokenizer_digest(name)[:16]}"
+    vocabulary = model.decoder.config.vocab_size
+    if opened.vocab_size > vocabulary:
+        raise UserError(f"{path}: tokenizer {opened.name} has {opened.vocab_size} tokens, the model's embedding "
+                        f"only {vocabulary}; name the model's own with --tokenizer")
+    return Opened(model.to(device).eval(), opened, layout, seed, trained_on, stamp)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def parser(doc):
     made = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
     def error(message):
-        raise UserError(f"{message.removeprefix('argument ')} ({made.prog} --help lists the flags)")
+        message = re.sub(r"^argument (--\w+): (?=.*: must )", r"\1 ", message).removeprefix("argument ")
+        raise UserError(f"{message} ({made.prog} --help lists the flags)")
 
     made.error = error
     return made

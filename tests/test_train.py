@@ -19,7 +19,7 @@ import data
 import train as train_script
 from hf import lora, runs, weights
 from jepa import LLMJEPA
-from support import cli
+from support import cli, processes
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
@@ -34,14 +34,14 @@ def run(*command, **options):
 
 def inside(*flags):
     """train.py called in this process, which is faster."""
-    before = sys.argv, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before, handlers = sys.argv, {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["train.py", *map(str, flags)]
     try:
         train_script.main()
     finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGINT, before[1])
-        signal.signal(signal.SIGTERM, before[2])
+        sys.argv = before
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def train(out, *flags):
@@ -259,7 +259,8 @@ def test_lora_trains_adapters_and_pred_and_exports_a_merged_model(toy, tmp_path)
 
     adapted, merged = runs.load_model(checkpoint).eval(), runs.load_model(best).eval()
     batch = data.collate([data.Example([5, 6, 7, 8], [False, False, True, True], 2, [5, 6], [7])], 1)
-    for found, wanted in zip(adapted.encodings(batch), merged.encodings(batch), strict=True):
+    both = (model.encodings(model.hidden(batch), batch) for model in (adapted, merged))
+    for found, wanted in zip(*both, strict=True):
         assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -269,8 +270,8 @@ def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
     inside("--out", tmp_path / "straight", *flags)
     stopped = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_script.Interrupt, "wanted", property(lambda self: True), raising=False)
-        patch.setattr(train_script.Interrupt, "__init__", lambda self: None)
+        patch.setattr(processes.Stop, "wanted", property(lambda self: True))
+        patch.setattr(processes.Stop, "__init__", lambda self: None)
         inside("--out", stopped, *flags)
     inside("--resume", stopped)
     saved = [load_file(run / "checkpoint/adapter.safetensors") for run in (stopped, tmp_path / "straight")]
@@ -280,8 +281,8 @@ def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
 
 def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train_script.Interrupt, "wanted", property(lambda self: True), raising=False)
-        patch.setattr(train_script.Interrupt, "__init__", lambda self: None)
+        patch.setattr(processes.Stop, "wanted", property(lambda self: True))
+        patch.setattr(processes.Stop, "__init__", lambda self: None)
         inside("--out", tmp_path / "run", *toy, *SMALL, "--log_every", "100")
     assert ended.value.code == 130 and not (tmp_path / "run/log.jsonl").exists()
     inside("--resume", tmp_path / "run")
@@ -294,11 +295,17 @@ def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
 @pytest.mark.parametrize("flags, complaint", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     (["--k", "-1"], "--k -1"),
+    (["--k", str(2**31)], f"--k {2**31}: must be"),
+    (["--d_model", str(2**40)], f"--d_model {2**40}: must be"),
+    (["--n_layer", "1e5"], "--n_layer 1e5: must be a whole number"),
+    (["--seed", str(2**64)], f"--seed {2**64}: must be"),
     (["--lam", "-0.5"], "--lam -0.5"),
     (["--lam", "nan"], "--lam nan"),
     (["--lr", "inf"], "--lr inf"),
     (["--epochs", "0"], "--epochs 0"),
-    (["--lam", "two"], "invalid float value: 'two'"),
+    (["--device", "meta"], "--device meta"),
+    (["--shard"], "start it with torchrun"),
+    (["--lam", "two"], "--lam two: must be a finite number"),
     (["--lama", "2"], "--lama"),
     (["--d_model", "30"], "--d_model 30"),
     (["--tokenizer", "nonsense"], "nonsense"),

@@ -1,0 +1,177 @@
+"""Where the work is done: the device, and several processes under torchrun, by torch's own engines.
+
+    torchrun --standalone --nproc_per_node 2 train.py ...            DistributedDataParallel: each process has the model
+    torchrun --standalone --nproc_per_node 2 train.py --shard ...    FSDP2: each process has a part of every weight
+
+Processes share the examples of each step (`own_share`), and the result is that of one process. Both engines *average*
+gradients over processes; the losses here are shares of one mean and must be *summed*, hence train.py's `* WORLD`.
+"""
+
+import os
+import signal
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+from support.cli import UserError
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def hardware(name="auto", dtype="float32"):
+    """(device, autocast): where to run, and a context in which matrix products run in bfloat16 where that is wanted.
+
+    dtype "auto" is bfloat16 on GPUs that have it, and float32 elsewhere.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and WORLD > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.ones(1, device=name).cpu() and torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+        raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
+    if dtype == "bfloat16" and not has_bfloat16(device):
+        raise UserError(f"--dtype bfloat16: this {device.type} has no fast bfloat16; leave the flag out")
+    wanted = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" and has_bfloat16(device)
+    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
+
+
+def has_bfloat16(device):
+    """Does this device compute in bfloat16 faster than in float32?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")  # Linux; torch has no public name for this in all versions that are supported
+    features = cpu.read_text().split() if device.type == "cpu" and cpu.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)
+
+
+# ---- several processes
+
+
+def start(device):
+    """Join the other processes of this run, if torchrun started some."""
+    if WORLD == 1:
+        return
+    if "MASTER_ADDR" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {WORLD}, but torchrun did not start this process; unset WORLD_SIZE and RANK")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def spread(model, shard):
+    """The model to call in training: itself, or its wrapper of several processes."""
+    if WORLD == 1:
+        return model
+    model.gather = gather
+    if not shard:
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # [PRED], where lam = 0
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in model.decoder.blocks:
+        fully_shard(block)
+    fully_shard(model.decoder)
+    fully_shard(model)
+    for module, methods in ((model, ("hidden", "losses")), (model.decoder, ("hidden", "logits"))):
+        for method in methods:
+            register_fsdp_forward_method(module, method)
+    return model
+
+
+def end():
+    """Leave the other processes."""
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def own_share(examples):
+    """This process's part of the examples of a forward pass; may be empty."""
+    return examples[RANK::WORLD]
+
+
+def gather(rows):  # (n, C) -> (sum of all n, C)
+    """The rows of all processes, with gradient: a distance that compares rows with each other needs them all."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(WORLD)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(size) for size in sizes]
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
+    parts = all_gather_with_gradient(padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def summed(values):
+    """Sums of a tensor over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(*wishes):
+    """For each of these booleans: does any process say True?"""
+    if WORLD == 1:
+        return wishes
+    said = torch.tensor(wishes, dtype=torch.int32)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return tuple(map(bool, said.tolist()))
+
+
+def all_of_them(value):
+    """[the value of process 0, of process 1, ...]"""
+    found = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+class Stop:
+    """After Ctrl-C, SIGTERM or a lost terminal `.wanted` is True, and training stops between steps; a second signal
+    stops at once. It is True also when torchrun has died, so that nobody is left writing into the run."""
+
+    def __init__(self):
+        self.signalled, self.parent = False, os.getppid()
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, self)
+
+    def __call__(self, number, frame):
+        if self.signalled:
+            raise KeyboardInterrupt
+        self.signalled = True
+
+    @property
+    def wanted(self):
+        return self.signalled or (WORLD > 1 and os.getppid() != self.parent)
+
+
+# ---- sharded models on disk (what imports these functions' packages takes seconds, and few runs need them)
+
+
+def whole_weights(model):
+    """The state_dict of a sharded model with every tensor whole, on the CPU of process 0; empty in the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_shards(model, optimizer, folder):
+    """Each process writes its part of weights and optimizer."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+
+
+def load_shards(model, optimizer, folder):
+    """Take back what `save_shards` wrote, also with another number of processes."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
