@@ -120,7 +120,7 @@ def report(found, folders, args, table):
     logs = {result.name: run for (result, _), run in zip(found, args.runs, strict=True) if (run / "log.jsonl").exists()}
     if logs:
         pictures["loss curves"] = args.report.with_name(f"{args.report.stem}-losses.png")
-        plots.losses(logs, pictures["loss curves"])
+        plots.curves(logs, pictures["loss curves"])
     for (result, _), folder in zip(found, folders, strict=True):
         pictures[f"t-SNE, {result.name}"] = folder / "tsne.png"
     for name, path in pictures.items():

@@ -54,7 +54,7 @@ def evaluate(path, name, out, args, device):
     cli.write(out / "predictions.jsonl", lines)
     about = {"data": str(args.data), "weights": subject.stamp}
     cli.write_json(out / "metrics.json", results.metrics(result, args.task, **about))
-    title = f"{plots.short(name)} on {args.data.name}, n = {len(examples)}{seed}"
+    title = f"{name} on {args.data.name}, n = {len(examples)}{seed}"
     aligned, shuffled = (result.figures[f"cosine_{which}"] for which in ("aligned", "shuffled"))
     cosines = f"cosine of pairs {aligned:.3f}, of shuffled pairs {shuffled:.3f}"  # t-SNE would not show a collapse
     plots.tsne(representation.sides(encodings, reverse), f"{title}\n{cosines}", out / "tsne.png")

@@ -1,37 +1,35 @@
 """The pictures. In: run folders or arrays. Out: PNG files, in Okabe and Ito's colours (safe for the colour-blind)."""
 
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from hf import runs
 from support.cli import writing
 
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def read_log(run):
-    """The objects of a run's log.jsonl; none if it was stopped before the first. Half a line at the end is left."""
-    path = Path(run) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def legible(name, most=50):
+    """A file's or run's name as a picture can show it: no formula between its $, no bytes that are no text, not long."""
+    name = str(name).encode("utf-8", "backslashreplace").decode()
+    if len(name) > most:
+        name = f"{name[:most // 2]}...{name[-most // 2 + 3:]}"
+    return name.replace("$", r"\$")
 
 
 def training_of(run):
     """What a run was trained on, for legends: model, data file, rows, seed."""
-    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    settings = config["arguments"]
-    rows = f", n = {config['rows']:,}" if "rows" in config else ""
-    return f"{Path(settings['init']).name}, {Path(settings['data']).name}{rows}, seed {settings['seed']}"
-
-
-def short(name, most=50):
-    """A name that fits into a legend: its middle is left out if need be."""
-    return name if len(name) <= most else f"{name[:most // 2]}...{name[-most // 2 + 3:]}"
+    config = runs.settings(run)
+    arguments = config["arguments"]
+    rows = f", n = {config['rows']:,}" if isinstance(config.get("rows"), int) else ""
+    return legible(f"{Path(arguments['init']).name}, {Path(arguments['data']).name}{rows}, "
+                   f"seed {arguments.get('seed')}", 90)
 
 
 def save(figure, path):
@@ -41,29 +39,40 @@ def save(figure, path):
     plt.close(figure)
 
 
-def losses(runs, path):
-    """Training (line) and validation (dots) of each run: the language-model loss and the JEPA loss apart.
+PANELS = {  # title: {key in log.jsonl: (how it is drawn, name in the panel's own legend)}
+    "next-token loss (nats per token)": {"lm": ("-", "training"), "val_lm": ("o", "validation")},
+    "JEPA loss (distance per pair)": {"jepa": ("-", "training"), "val_jepa": ("o", "validation")},
+    "on the validation rows": {"val_cosine_pairs": ("-o", "cosine of pairs"), "val_cosine_shuffled": (
+        "--x", "cosine of shuffled pairs"), "val_exact": (":s", "exact match")},
+}
 
-    runs: folders, or {name: folder}.
+
+def curves(folders, path):
+    """What became of runs while they were trained, a panel for each of PANELS. folders: a list, or {name: folder}.
+
+    A small JEPA loss is a success only while the cosine of shuffled pairs stays away from that of true pairs.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    names = {"lm": "next-token loss (nats per token)", "jepa": "JEPA loss (distance per pair)"}
-    named = runs if isinstance(runs, dict) else {Path(run).name: run for run in runs}
-    for (title, run), colour in zip(named.items(), COLOURS * len(named), strict=False):
-        lines = read_log(run)
-        for axis, name in zip(axes, names, strict=True):
-            train = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            val = [(line["step"], line[f"val_{name}"]) for line in lines if f"val_{name}" in line]
-            axis.plot(*np.reshape(train, (-1, 2)).T, color=colour, linewidth=1, alpha=0.7)
-            axis.plot(*np.reshape(val, (-1, 2)).T, "o", color=colour, markersize=4)
-        axes[0].plot([], "-o", color=colour, markersize=4, label=f"{short(title)} ({training_of(run)})")
-    for axis, label in zip(axes, names.values(), strict=True):
-        axis.set(xlabel="optimizer step", title=label)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.5), layout="constrained")
+    named = folders if isinstance(folders, dict) else {Path(folder).name: folder for folder in folders}
+    for (name, folder), colour in zip(named.items(), COLOURS * len(named), strict=False):
+        lines = runs.read_log(folder)
+        for axis, keys in zip(axes, PANELS.values(), strict=True):
+            for key, (style, _) in keys.items():
+                points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+                width = 1 if style == "-" else 1.5
+                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=colour, linewidth=width, markersize=4, alpha=0.7)
+        axes[0].plot([], "-o", color=colour, markersize=4, label=f"{legible(name)} ({training_of(folder)})")
+    figure.legend(loc="outside lower center", ncols=1)
+    for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
+        axis.set(xlabel="optimizer step", title=title)
         axis.grid(alpha=0.3)
+        axis.legend(handles=[Line2D([], [], color="#555555", markersize=4, linestyle=style.rstrip("osx") or "none",
+                                    marker=style[-1] if style[-1] in "osx" else "none", label=label)
+                             for style, label in keys.values()], fontsize="small")
+    axes[2].set_ylim(top=1.05)
+    for axis in axes[:2]:
         if np.isfinite(axis.dataLim.ymin) and axis.dataLim.ymin > 0:
             axis.set_yscale("log")
-    figure.legend(loc="outside lower center", ncols=1)
-    figure.suptitle("Loss in training (lines) and on the validation rows (dots)")
     save(figure, path)
 
 
@@ -81,24 +90,24 @@ def tsne(sides, title, path, most=500):
     axis.plot(*np.stack([points[:n], points[n:]]).transpose(2, 0, 1), color="#999999", linewidth=0.5, alpha=0.3)
     axis.scatter(*points[:n].T, s=12, color=COLOURS[0], marker="o", label=f"Text: {text_name}")
     axis.scatter(*points[n:].T, s=12, color=COLOURS[1], marker="^", label=f"Code: {code_name}")
-    axis.set(xticks=[], yticks=[], title=title + (f" (first {n} drawn)" if n < len(text) else ""))
+    axis.set(xticks=[], yticks=[], title=legible(title, 200) + (f" (first {n} drawn)" if n < len(text) else ""))
     axis.legend()
     save(figure, path)
 
 
-def spectrum(runs, title, path):
-    """Singular values of the centred encodings of runs: {run name: {"text": (n, C), "pred": ..., "code": ...}}."""
-    names = {"text": "Enc(Text)", "pred": "prediction, from the last [PRED]", "code": "Enc(Code)"}
+def spectrum(models, title, path):
+    """Singular values of the centred encodings of models: {name: {"text": (n, C), "pred": ..., "code": ...}}."""
+    labels = {"text": "Enc(Text)", "pred": "prediction, from the last [PRED]", "code": "Enc(Code)"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), sharey=True, layout="constrained")
-    for axis, (name, label) in zip(axes, names.items(), strict=True):
-        for (run, encodings), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
-            x = encodings[name]
+    for axis, (which, label) in zip(axes, labels.items(), strict=True):
+        for (name, encodings), colour in zip(models.items(), COLOURS * len(models), strict=False):
+            x = encodings[which]
             values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)
             values = values[: len(x) - 1]  # centred rows span one dimension less: the next one is zero
-            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, label=short(run))
+            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, label=legible(name))
         axis.set(xlabel="index", title=label, yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("singular value / sqrt(n)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(runs)))
-    figure.suptitle(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)))
+    figure.suptitle(legible(title, 200))
     save(figure, path)
