@@ -1,4 +1,4 @@
-"""Train the default data's tokenizer: 508 byte-level BPE tokens, to which tokenizer.py adds four special ones.
+"""Train the default data's tokenizer: 508 byte-level BPE tokens, to which data.py adds four special ones.
 
     python datasets/make_tokenizer.py             # reads synth_train.jsonl, writes synth.tiktoken beside it
 
@@ -10,29 +10,38 @@ import base64
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-
-from hf.tokenizer import SYNTH_PATTERN, SYNTH_SPECIALS  # noqa: E402
 
 import data  # noqa: E402
 from support import cli  # noqa: E402
 
 
 def main():
-    flags = cli.parser(__doc__)
-    flags.add_argument("--data", type=Path, default=HERE / "synth_train.jsonl", help="chat JSONL to learn from")
-    flags.add_argument("--out", type=Path, default=HERE / "synth.tiktoken", help="rank file to write")
-    flags.add_argument("--rows", type=int, default=2000, help="how many rows to read")
-    args = flags.parse_args()
+    parser = cli.parser(__doc__)
+    parser.add_argument("--data", type=Path, default=HERE / "synth_train.jsonl", help="chat JSONL to learn from")
+    parser.add_argument("--out", type=Path, default=HERE / "synth.tiktoken", help="rank file to write")
+    parser.add_argument("--rows", type=cli.whole(1), default=2000, help="how many rows to learn from")
+    parser.add_argument("--force", action="store_true", help="replace a rank file that has other content")
+    args = parser.parse_args()
+    if args.out.exists() and args.data.exists() and args.out.samefile(args.data):
+        raise cli.UserError(f"--out {args.out}: is --data as well, which would be lost; choose another name")
 
     from tiktoken._educational import bpe_train
 
     rows = [conversation.messages for conversation in data.read(args.data)[: args.rows]]
     text = "\n".join(message["content"] for messages in rows for message in messages)
-    ranks = bpe_train(text, 512 - len(SYNTH_SPECIALS), SYNTH_PATTERN, visualise=None)
+    size = 512 - len(data.SYNTH_SPECIALS)
+    try:
+        ranks = bpe_train(text, size, data.SYNTH_PATTERN, visualise=None)
+    except ValueError:  # no pair of tokens is left to merge
+        raise cli.UserError(f"{args.data}: {len(rows)} rows are too little text for {size} tokens; give more") from None
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    if args.out.exists() and args.out.read_bytes() != lines and not args.force:
+        raise cli.UserError(f"{args.out}: exists with other content, and runs may depend on it; choose another --out, "
+                            "or give --force to replace it")
     with cli.writing(args.out) as unfinished:
-        unfinished.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+        unfinished.write_bytes(lines)
     print(f"{args.out}: {len(ranks)} tokens from {len(rows)} rows")
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from support import cli
+
 SCRIPT = Path(__file__).parent.parent / "datasets" / "download.py"
 # loaded by its path: the name `datasets` may belong to an installed package
 spec = importlib.util.spec_from_file_location("download", SCRIPT)
@@ -25,37 +28,27 @@ download = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(download)
 
 BODY = random.Random(0).randbytes(300_000)  # a few reads long
-HALF = len(BODY) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files with ranges; server.plan names what to do wrong, one entry per request."""
+    """Serves server.files; server.plan names what to do wrong, one entry per request."""
 
     def do_GET(self):
-        self.server.asked.append((self.path, self.headers["Range"]))
+        self.server.asked.append(self.path)
         fault = self.server.plan.pop(0) if self.server.plan else None
         body = self.server.files.get(self.path)
         if body is None or fault == "503":
             return self.send_error(503 if fault else 404)
-        start = 0
-        if self.headers["Range"] and fault != "no range":
-            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        if start >= len(body):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
-            return self.end_headers()
-        self.send_response(206 if start else 200)
-        if start:
-            shown = start + 1 if fault == "other range" else start
-            self.send_header("Content-Range", f"bytes {shown}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        body = body[start:]
-        if fault in ("truncated", "dropped"):  # half of what is left, then the end
+        if fault in ("truncated", "dropped", "stalled"):  # half of it, then the end
             body = body[: len(body) // 2]
         self.wfile.write(body)
         if fault == "dropped":
             self.reset()
+        if fault == "stalled":
+            self.server.released.wait(60)
 
     def reset(self):
         """Break the connection as a failing network does (RST), not with an orderly end (FIN)."""
@@ -82,11 +75,12 @@ def server(monkeypatch):
     monkeypatch.setitem(download.FILES, "blob", tiny[1:])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = {"/datasets/tiny_train.jsonl": BODY, "/datasets/tiny_test.jsonl": BODY}
-    server.plan, server.asked = [], []
+    server.plan, server.asked, server.released = [], [], threading.Event()
     server.base = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -97,11 +91,20 @@ def run(server, tmp_path, capsys):
     """Call the script's main with the server and tmp_path/out; gives the exit code, stdout and the lines of stderr."""
 
     def call(*names):
-        code = download.main([*names, "--base", server.base, "--out", str(tmp_path / "out")])
+        code = command([*names, "--base", server.base, "--out", str(tmp_path / "out")])
         captured = capsys.readouterr()
         return code, captured.out, captured.err.splitlines()
 
     return call
+
+
+def command(arguments):
+    """The exit code of the script, run in this process."""
+    try:
+        cli.run(lambda: download.main(arguments))
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 def contents(folder):
@@ -113,7 +116,7 @@ def test_fetches_and_then_only_verifies(run, server, tmp_path):
     code, out, err = run("tiny")
     assert (code, err) == (0, []) and out.count("checksum right") == 2
     assert contents(tmp_path / "out") == {"tiny_train.jsonl": BODY, "tiny_test.jsonl": BODY}
-    assert [path for path, _ in server.asked] == ["/datasets/tiny_train.jsonl", "/datasets/tiny_test.jsonl"]
+    assert server.asked == ["/datasets/tiny_train.jsonl", "/datasets/tiny_test.jsonl"]
     code, out, err = run("tiny")
     assert (code, err) == (0, []) and out.count("already there") == 2
     assert len(server.asked) == 2, "a file that is there and right is not asked for again"
@@ -128,75 +131,46 @@ def test_replaces_a_file_that_is_not_the_published_one(run, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["truncated", "dropped"])
-def test_goes_on_after_a_broken_connection(run, server, tmp_path, fault):
+def test_asks_again_after_a_broken_connection(run, server, tmp_path, fault):
     server.plan = [fault, fault]
     code, _, err = run("one")
     assert (code, err) == (0, []) and contents(tmp_path / "out") == {"tiny_train.jsonl": BODY}
-    starts = [int(asked[len("bytes=") : -1]) if asked else 0 for _, asked in server.asked]
-    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2] < len(BODY)
+    assert len(server.asked) == 3
 
 
 @pytest.mark.parametrize("fault", ["truncated", "dropped"])
 @pytest.mark.parametrize("name", ["one", "blob"])
-def test_gives_up_with_one_line_and_keeps_the_part(run, server, tmp_path, fault, name):
-    server.plan = [fault] * 4
-    code, out, err = run(name)
-    (part,) = (tmp_path / "out").iterdir()
-    size = part.stat().st_size
-    assert code == 2 and out == "" and len(err) == 1 and "gave up after 4 tries" in err[0]
-    assert f"{size} bytes kept in {part}" in err[0] and part.suffix == ".part"
-    assert HALF < size < len(BODY) and part.read_bytes() == BODY[:size]
-    assert len(server.asked) == 4
-    code, _, err = run(name)
-    assert (code, err) == (0, []) and server.asked[4][1] == f"bytes={size}-"
-    assert contents(tmp_path / "out") == {part.stem: BODY}
-
-
-def test_an_interrupted_run_goes_on_in_the_next(run, server, tmp_path, monkeypatch):
-    def interrupted(response):
-        yield response.read(HALF)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(download, "chunks", interrupted)
-        code, _, err = run("one")
-    assert code == 130 and len(err) == 1 and "run the same command to go on" in err[0]
-    assert contents(tmp_path / "out") == {"tiny_train.jsonl.part": BODY[:HALF]}
-    code, _, err = run("one")
-    assert (code, err) == (0, []) and contents(tmp_path / "out") == {"tiny_train.jsonl": BODY}
-    assert server.asked[1][1] == f"bytes={HALF}-"
-
-
-def test_starts_over_when_the_server_has_no_ranges(run, server, tmp_path):
-    server.plan = ["truncated", "no range"]
-    code, _, err = run("one")
-    assert (code, err) == (0, []) and contents(tmp_path / "out") == {"tiny_train.jsonl": BODY}
-    assert server.asked[1][1] == f"bytes={HALF}-"
-
-
-def test_starts_over_when_the_server_sends_another_range(run, server, tmp_path):
-    server.plan = ["truncated", "other range"]
-    code, _, err = run("one")
-    assert (code, err) == (0, []) and contents(tmp_path / "out") == {"tiny_train.jsonl": BODY}
-    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-", None]
-
-
-@pytest.mark.parametrize("name", ["one", "blob"])
-def test_a_complete_part_needs_no_bytes(run, server, tmp_path, name):
+def test_gives_up_with_one_line_and_leaves_what_was_there(run, server, tmp_path, fault, name):
     file = download.FILES[name][0][0]
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f"{file}.part").write_bytes(BODY)
+    (tmp_path / "out" / file).write_bytes(b"of an earlier day")
+    server.plan = [fault] * 4
+    code, _, err = run(name)
+    assert code == 2 and len(err) == 1 and "gave up after 4 tries" in err[0] and len(server.asked) == 4
+    assert contents(tmp_path / "out") == {file: b"of an earlier day"}
     code, _, err = run(name)
     assert (code, err) == (0, []) and contents(tmp_path / "out") == {file: BODY}
-    assert [asked for _, asked in server.asked] == [f"bytes={len(BODY)}-"]  # answered 416
 
 
-def test_a_part_that_is_too_long_is_dropped(run, server, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tiny_train.jsonl.part").write_bytes(BODY + b"x")
-    code, _, err = run("one")
-    assert (code, err) == (0, []) and contents(tmp_path / "out") == {"tiny_train.jsonl": BODY}
-    assert [asked for _, asked in server.asked] == [f"bytes={len(BODY) + 1}-", None]
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_run_leaves_no_half_file(run, server, tmp_path, sent, code):
+    """After Ctrl-C there is nothing; what a killed process leaves does not look like the file, and is replaced."""
+    server.plan = ["stalled"]
+    server.files["/datasets/turk_train.jsonl"] = BODY
+    arguments = [sys.executable, SCRIPT, "turk", "--base", server.base, "--out", tmp_path / "out"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        began = time.monotonic()
+        while not any(contents(tmp_path / "out").values()) and time.monotonic() < began + 30:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "") and err == ("interrupted\n" if code == 130 else "")
+    assert set(contents(tmp_path / "out")) == (set() if code == 130 else {"turk_train.jsonl.partial"})
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "tiny_train.jsonl.partial").write_bytes(b"of a run that was killed" + BODY)
+    assert run("one")[0] == 0
+    assert contents(tmp_path / "out").pop("tiny_train.jsonl") == BODY
+    assert not (tmp_path / "out" / "tiny_train.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize("name", ["one", "blob"])
@@ -272,32 +246,24 @@ def test_as_a_program(server, tmp_path, fault):
     command = [sys.executable, SCRIPT, "rotten_tomatoes", "--base", server.base, "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("download.py: http://127.0.0.1:") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: http://127.0.0.1:") and done.stderr.count("\n") == 1
     assert fault in done.stderr and contents(tmp_path) == {}
 
 
-def test_progress_counts_every_byte_once(run, server, monkeypatch):
+def test_progress_is_shown(run, server, monkeypatch):
     bars = []
 
-    class Bar:
-        def __init__(self, total, initial, desc, **_):
-            self.total, self.seen, self.desc = total, initial, desc
+    class Bar(download.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
             bars.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, count):
-            self.seen += count
 
     monkeypatch.setattr(download, "tqdm", Bar)
     server.plan = ["truncated"]
     run("one")
-    seen = [(bar.desc, bar.seen, bar.total) for bar in bars]
-    assert seen == [("tiny_train.jsonl", HALF, len(BODY)), ("tiny_train.jsonl", len(BODY), len(BODY))]
+    failed, whole = bars
+    assert failed.desc == whole.desc == "tiny_train.jsonl" and failed.total == whole.total == whole.n == len(BODY)
+    assert 0 < failed.n < len(BODY)
 
 
 def archive(entries):
@@ -393,16 +359,17 @@ def test_published_addresses_and_table():
 
 
 def test_list_all_and_names(capsys, monkeypatch):
-    assert download.main(["--list"]) == 0
+    download.main(["--list"])
     listed = capsys.readouterr().out
     assert all(file in listed for files in download.FILES.values() for file, _, _ in files)
     assert "205,800,266" in listed and "git blob id" in listed
 
     got = []
     monkeypatch.setattr(download, "get", lambda name, out, base: got.append(name))
-    assert download.main(["all"]) == 0 and got == list(download.FILES)
+    download.main(["all"])
+    assert got == list(download.FILES)
     got.clear()
-    assert download.main(["yelp", "synth", "yelp", "--databases"]) == 0
+    download.main(["yelp", "synth", "yelp", "--databases"])
     assert got == ["synth", "spider_databases", "yelp"]
 
 
@@ -410,18 +377,27 @@ def test_list_all_and_names(capsys, monkeypatch):
     (["synthetic"], "no data set named synthetic"),
     ([], "name at least one"),
     (["synth", "--base", "file:///tmp"], "not an http:// or https:// address"),
+    (["synth", "--base", "http://["], "http://["),
+    (["synth", "--base", "http://"], "No host"),
+    (["synth", "--base", "http://a..b"], "a..b"),
+    (["synth", "--base", "http://localhost:99999999"], "99999999"),
+    (["synth", "--base", "https://" + "a" * 300], "too long"),
+    (["synth", "--out", "a" * 300], "File name too long"),
+    (["synth", "--ou", "x"], "--ou"),
 ])
-def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, said):
-    assert download.main(argv) == 2
+def test_a_mistake_on_the_command_line_is_one_line(capsys, monkeypatch, tmp_path, argv, said):
+    monkeypatch.chdir(tmp_path)
+    default = [] if "--out" in argv else ["--out", "out"]
+    assert command([*argv, *default]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and said in err
+    assert err.count("\n") == 1 and said in err and contents(tmp_path) == {}
 
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stopped:
         download.main(["--help"])
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and "example:" in text and "published" in text
+    assert stopped.value.code == 0 and "download.py turk spider" in text and "published" in text
     assert all(name in text for name in download.FILES)
     default = f"(default: {SCRIPT.parent / 'published'})"
     assert "".join(default.split()) in "".join(text.split())  # argparse breaks lines anywhere

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from support.cli import UserError
+
 SCRIPT = Path(__file__).parent.parent / "datasets" / "make_synth.py"
 # loaded by its path: the name `datasets` may belong to an installed package
 spec = importlib.util.spec_from_file_location("make_synth", SCRIPT)
@@ -35,7 +37,7 @@ def refused(result, *words):
 @pytest.fixture(scope="module")
 def shipped():
     """{"train": [(sentence, regex), ...], ...} of the files in the repository."""
-    return {name: synth.read_rows(SCRIPT.with_name(f"synth_{name}.jsonl")) for name in SIZES}
+    return {name: synth.read_pairs(SCRIPT.with_name(f"synth_{name}.jsonl")) for name in SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,7 @@ def test_draws_stay_within_their_limits():
             assert max(Counter(name for name in names if name != "Word").values()) == 1
             assert sum(len(synth.NODES[name][2]) > 0 for name in names) <= max_depth
             for parent, child in ((tree, child) for child in synth.children(tree)):
-                assert child[0] in synth.NODES[parent[0]][2][0]
+                assert child[0] in synth.MENUS[synth.NODES[parent[0]][2][0]]
                 assert parent[0] != "Words" or child[0] not in synth.LITERALS
 
 
@@ -306,6 +308,7 @@ def test_check_takes_the_files_in_out_by_default(made):
         (b"[" * 100_000, "bad.jsonl:1:"),
         (b"", "no rows"),
         (b"\xff\xfe", "UTF-8"),
+        (b'{"text": "a"}\n', "bad.jsonl:1:"),
         (None, "No such file"),
     ],
 )
@@ -316,7 +319,7 @@ def test_check_of_bad_files(tmp_path, content, where):
     assert refused(run("--check", file), "bad.jsonl", where)
 
 
-def test_other_content_is_not_overwritten(tmp_path, monkeypatch, capsys):
+def test_other_content_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "make_pool", lambda seed: {f"sentence {seed} {i}": "." for i in range(10)})
     kept = tmp_path / "synth_val.jsonl"
     kept.write_text("mine\n")
@@ -326,15 +329,14 @@ def test_other_content_is_not_overwritten(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["make_synth.py", "--out", str(tmp_path), *sizes, *arguments])
         synth.main()
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(UserError, match="--force"):
         main()
-    assert ended.value.code == 2 and "--force" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["synth_val.jsonl"] and kept.read_text() == "mine\n"
     main("--force")
     main()  # the same content again is no conflict
     written = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
     assert written == {"synth_train.jsonl": 5, "synth_val.jsonl": 2, "synth_test.jsonl": 3}
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--force"):
         main("--seed", "1")
 
 
@@ -349,18 +351,17 @@ def test_nothing_half_written(tmp_path, monkeypatch):
         return write_bytes(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="No space left"):
         synth.write({tmp_path / name: b"content" for name in ("train", "val")}, force=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
+def test_mistakes_end_with_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert refused(run("--out", tmp_path / "file" / "folder"), "file", "Not a directory")
-    assert refused(run("--out", tmp_path, "--val", "0"), "--val", "at least one row")
-    assert refused(run("--out", tmp_path, "--val", "many"), "--val", "invalid")
+    assert refused(run("--out", tmp_path, "--val", "0"), "--val", "at least 1")
+    assert refused(run("--out", tmp_path, "--val", "many"), "--val", "whole number")
     monkeypatch.setattr(synth, "make_pool", lambda seed: {str(i): "." for i in range(10)})
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(UserError, match="11 rows wanted, but there are 10 sentences"):
         synth.make_splits(0, {"train": 8, "val": 1, "test": 2})
-    assert ended.value.code == 2 and "11 rows wanted, but there are 10 sentences" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,6 +1,7 @@
 """Names to tokenizers, the plain chat template, and text that must stay text."""
 
 import base64
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,15 +48,9 @@ def test_unknown_names_are_refused():
         hf.tokenizer("nonsense")
 
 
-def test_gpt2_template(monkeypatch):
-    """Needs tiktoken's own files: with TIKTOKEN_CACHE_DIR set, or kept in the folder beside the repository."""
-    beside = ROOT.parent / "shared" / "tiktoken"
-    if beside.exists():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(beside))
-    try:
-        gpt2 = hf.tokenizer("gpt2")
-    except UserError:
-        pytest.skip("tiktoken's gpt2 files are not at hand")
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR: a folder with gpt2's files")
+def test_gpt2_template():
+    gpt2 = hf.tokenizer("gpt2")
     assert (gpt2.vocab_size, gpt2.stop) == (50257, 50256)
     assert gpt2.encode("Hello world") == [15496, 995]  # as GPT-2's published vocabulary has it
     assert gpt2.stop not in gpt2.encode("<|endoftext|>")
@@ -63,19 +58,56 @@ def test_gpt2_template(monkeypatch):
     assert gpt2.decode(sum((p.ids for p in pieces), [])) == "User:\nHello world\n\nAssistant:\nHi<|endoftext|>"
 
 
+def make_tokenizer(*arguments):
+    """The finished command datasets/make_tokenizer.py; a mistake must be one line."""
+    command = [sys.executable, ROOT / "datasets/make_tokenizer.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) in ((0, 0), (2, 1)), done.stderr
+    return done
+
+
 def test_the_shipped_ranks_are_what_the_script_makes(tmp_path):
     """On a tenth of the rows nearly all merges are the same, and the file is tiktoken's format."""
     out = tmp_path / "few.tiktoken"
-    rows = ROOT / "datasets/synth_train.jsonl"
-    command = [sys.executable, ROOT / "datasets/make_tokenizer.py", "--data", rows, "--rows", "200", "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+    few_rows = ("--data", ROOT / "datasets/synth_train.jsonl", "--rows", 200, "--out", out)
+    assert make_tokenizer(*few_rows).returncode == 0
     lines = out.read_text().split("\n")
     assert len(lines) == 509 and base64.b64decode(lines[300].split()[0])
     shipped, few = data.read_ranks(data.SYNTH_RANKS), data.read_ranks(out)
     assert len(set(shipped) & set(few)) > 450
 
 
-def test_a_missing_file_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "datasets/make_tokenizer.py", "--data", tmp_path / "none.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr
+def test_a_rank_file_that_is_there_is_not_replaced_unasked(tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "ranks.tiktoken"
+    lines = (ROOT / "datasets/synth_train.jsonl").read_bytes().splitlines(keepends=True)
+    rows.write_bytes(b"".join(lines[:60]))
+    out.write_text("of a run\n")
+    done = make_tokenizer("--data", rows, "--out", out)
+    assert done.returncode == 2 and "--force" in done.stderr and out.read_text() == "of a run\n"
+    assert make_tokenizer("--data", rows, "--out", out, "--force").returncode == 0
+    made = out.read_bytes()
+    assert len(data.read_ranks(out)) == 508
+    assert make_tokenizer("--data", rows, "--out", out).returncode == 0 and out.read_bytes() == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.tiktoken", "rows.jsonl"]
+
+
+def test_the_data_is_not_replaced_by_the_ranks(tmp_path):
+    rows, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    link.symlink_to(rows)
+    for out in (rows, link):
+        done = make_tokenizer("--data", rows, "--out", out, "--force")
+        assert done.returncode == 2 and str(out) in done.stderr and rows.read_text() == '{"text": "a"}\n'
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for arguments, said in [
+        (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["--rows", 1], "too little text"),
+        (["--rows", 0], "at least 1"),
+        (["--data", ROOT / "datasets/synth_val.jsonl", "--rows", 60, "--out", tmp_path], str(tmp_path)),
+    ]:
+        out = [] if "--out" in arguments else ["--out", tmp_path / "out.tiktoken"]
+        done = make_tokenizer(*arguments, *out)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
