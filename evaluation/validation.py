@@ -1,4 +1,4 @@
-"""What training looks at after each epoch: losses, cosines of true and of shuffled pairs, exact match, three answers."""
+"""What training looks at after each epoch: losses, cosines of true and shuffled pairs, exact match, three answers."""
 
 import torch
 from tqdm import tqdm

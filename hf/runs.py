@@ -185,7 +185,7 @@ def save_model(model, folder, source=None, training=None):
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    adapted = lora.is_adapted(model.decoder)
+    adapted = bool(lora.adapted_layers(model.decoder))
     try:
         if adapted and training is not None:
             lora.save(model.decoder, new, source)

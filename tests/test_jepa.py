@@ -257,7 +257,7 @@ def test_logits_in_parts_change_nothing(decoder, examples, monkeypatch):
 
 
 def test_a_large_vocabulary_needs_no_tensor_of_all_labels_and_all_tokens():
-    """150,000 tokens and every id a target: the largest tensor made, forward or backward, is far smaller than (L, V)."""
+    """150,000 tokens and every id a target: the largest tensor, forward or backward, is far smaller than (L, V)."""
 
     class Largest(TorchDispatchMode):
         numbers = 0
