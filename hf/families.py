@@ -1,112 +1,25 @@
 """Model families: what a Hugging Face config.json means in `Config` fields, and what its tensors are called.
 
-A family is a set of `Config` fields plus one of four naming schemes (`LLAMA` ... below). `parse` is strict: a field
-that it does not know is refused by name, because the alternative is a model that loads and is quietly wrong. No other
-file knows a family. Next: `weights.py`, which reads and writes the tensors.
+A family is a set of `Config` fields plus one of four naming schemes; both are tables in `families.toml`. `parse` is
+strict: a field that it does not know is refused by name, because the alternative is a model that loads and is quietly
+wrong. No other file knows a family. Next: `weights.py`, which reads and writes the tensors.
 """
 
-import json
-import math
 import re
+import tomllib
+from pathlib import Path
+from reprlib import repr as shown  # shortened: what a file holds may be long
 
 from model import Config
 from support.cli import UserError
 
-# Tensor names, theirs: ours. '#' is the layer; each line stands for .weight and, where the Decoder has one, .bias.
-LLAMA = {
-    "model.embed_tokens": "embed",
-    "model.layers.#.input_layernorm": "blocks.#.attn_norm",
-    "model.layers.#.self_attn.q_proj": "blocks.#.attn.q_proj",
-    "model.layers.#.self_attn.k_proj": "blocks.#.attn.k_proj",
-    "model.layers.#.self_attn.v_proj": "blocks.#.attn.v_proj",
-    "model.layers.#.self_attn.o_proj": "blocks.#.attn.o_proj",
-    "model.layers.#.self_attn.q_norm": "blocks.#.attn.q_norm",
-    "model.layers.#.self_attn.k_norm": "blocks.#.attn.k_norm",
-    "model.layers.#.post_attention_layernorm": "blocks.#.mlp_norm",  # named for what it follows: it norms MLP input
-    "model.layers.#.mlp.gate_proj": "blocks.#.mlp.gate_proj",
-    "model.layers.#.mlp.up_proj": "blocks.#.mlp.up_proj",
-    "model.layers.#.mlp.down_proj": "blocks.#.mlp.down_proj",
-    "model.norm": "norm",
-    "lm_head": "head",
-}
-POST_NORM = LLAMA | {  # OLMo-2, Gemma-2 and 3: the same name as above for another norm
-    "model.layers.#.post_attention_layernorm": "blocks.#.attn_post_norm",
-    "model.layers.#.pre_feedforward_layernorm": "blocks.#.mlp_norm",
-    "model.layers.#.post_feedforward_layernorm": "blocks.#.mlp_post_norm",
-}
-PHI = {
-    "model.embed_tokens": "embed",
-    "model.layers.#.input_layernorm": "blocks.#.attn_norm",
-    "model.layers.#.self_attn.q_proj": "blocks.#.attn.q_proj",
-    "model.layers.#.self_attn.k_proj": "blocks.#.attn.k_proj",
-    "model.layers.#.self_attn.v_proj": "blocks.#.attn.v_proj",
-    "model.layers.#.self_attn.dense": "blocks.#.attn.o_proj",
-    "model.layers.#.self_attn.q_layernorm": "blocks.#.attn.q_norm",
-    "model.layers.#.self_attn.k_layernorm": "blocks.#.attn.k_norm",
-    "model.layers.#.mlp.fc1": "blocks.#.mlp.up_proj",
-    "model.layers.#.mlp.fc2": "blocks.#.mlp.down_proj",
-    "model.final_layernorm": "norm",
-    "lm_head": "head",
-}
-GPT2 = {  # c_attn holds q, k and v; all c_ matrices are stored (in, out), the transpose of nn.Linear's
-    "transformer.wte": "embed",
-    "transformer.wpe": "position_embed",
-    "transformer.h.#.ln_1": "blocks.#.attn_norm",
-    "transformer.h.#.attn.c_attn": "blocks.#.attn.q_proj blocks.#.attn.k_proj blocks.#.attn.v_proj",
-    "transformer.h.#.attn.c_proj": "blocks.#.attn.o_proj",
-    "transformer.h.#.ln_2": "blocks.#.mlp_norm",
-    "transformer.h.#.mlp.c_fc": "blocks.#.mlp.up_proj",
-    "transformer.h.#.mlp.c_proj": "blocks.#.mlp.down_proj",
-    "transformer.ln_f": "norm",
-    "lm_head": "head",
-}
+TABLES = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
+FAMILIES, ACTIVATIONS, NAMES = TABLES["families"], TABLES["activations"], TABLES["names"]
+GPT2_SIZES, LLAMA_SIZES = TABLES["gpt2_sizes"], TABLES["llama_sizes"]
+HARMLESS = {kind: set(fields.split()) for kind, fields in TABLES["harmless"].items()}  # they change no logits
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-
-GEMMA = {"norm_plus_one": True}
-BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
-FAMILIES = {  # model_type: what its code fixes, whatever config.json says
-    "gpt2": {"position": "learned", "norm": "layer", "gated": False, **BIASES},
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": "head"},
-    "olmo2": {"qk_norm": "full", "pre_norm": False, "post_norm": True},
-    "gemma": GEMMA,
-    "gemma2": {"post_norm": True, **GEMMA},
-    "gemma3_text": {"post_norm": True, "qk_norm": "head", **GEMMA},
-    "phi": {"norm": "layer", "parallel": True, "gated": False, "head_bias": True, **BIASES},
-}
-UNSUPPORTED = {  # families that one might expect here
-    "openelm": "its layers differ in their number of heads and inner width, and a Config has one of each",
-    "gemma3": "it reads images too; only the text models, gemma3_text, are supported",
-}
-GPT2_SIZES = {  # config.json's name: ours
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "d_model",
-    "n_positions": "block_size",
-}
-LLAMA_SIZES = {
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "max_position_embeddings": "block_size",
-}
-ACTIVATIONS = {
-    "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
-HARMLESS = set(  # config.json fields that leave the logits of a model in eval mode alone
-    """architectures torch_dtype dtype transformers_version _name_or_path name_or_path model_name use_cache
-    cache_implementation initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id task_specific_params summary_type
-    summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout id2label label2id num_labels
-    _num_labels problem_type output_past return_dict chunk_size_feed_forward gradient_checkpointing is_decoder
-    _attn_implementation attn_implementation _attn_implementation_autoset is_llama_config transformers.js_config
-    unsloth_fixed unsloth_version n_ctx sliding_window_size _sliding_window_pattern""".split()
-)
+LIMITS = {int: 2**31, float: 1e30}  # every number in a real model's config.json is smaller
+MOST_LAYERS = 2000
 NEEDED = object()
 
 
@@ -119,43 +32,45 @@ class Fields:
     def refuse(self, what):
         raise UserError(f"{self.where}: {what}")
 
-    def take(self, name, kind, default=NEEDED, null=False, least=1):
-        """Remove and return a field. Numbers must be positive; null is fine where the default is None, or if `null`."""
+    def take(self, name, kind, default=NEEDED, null=False, above=0):
+        """Remove and return a field. Numbers must lie above `above`; null is fine where it is the default, or `null`."""
         if name not in self.values and default is NEEDED:
             self.refuse(f"field {name} is missing")
         value = self.values.pop(name, default)
         if value is None and (null or default is None):
             return None
-        if kind is int:
-            good = type(value) is int and value >= least
-        elif kind is float:
-            good = type(value) in (int, float) and 0 < value < math.inf
-        else:
-            good = isinstance(value, kind)
-        if not good:
-            self.refuse(f"{name} = {value!r} should be a {'positive ' * (kind in (int, float))}{kind.__name__}")
+        good = type(value) is kind or (kind is float and type(value) is int)
+        if not good or kind in LIMITS and not above < value < LIMITS[kind]:
+            a_number = f" above {above} and below {LIMITS[kind]:g}" if kind in LIMITS else ""
+            self.refuse(f"{name} = {shown(value)} should be {kind.__name__}{a_number}")
         return value
 
     def choose(self, name, known):
         """Take a field that must be one of the keys of `known`; what stands there."""
         value = self.take(name, str)
         if value not in known:
-            self.refuse(f"{name} {value!r} is not supported; these are: {', '.join(known)}")
+            self.refuse(f"{name} {shown(value)} is not supported; these are: {', '.join(known)}")
         return known[value]
 
-    def done(self):
+    def done(self, kind="model"):
+        """Refuse what is left, unless it is harmless or switched off."""
         for name, value in self.values.items():
-            if value is not None and value is not False and name not in HARMLESS:
-                self.refuse(f"field {name} = {json.dumps(value)[:80]} is unknown, or not supported for this model")
+            if not (value is False or value in (None, {}, []) or name in HARMLESS[kind]):
+                self.refuse(f"field {name[:80]} = {shown(value)} is unknown, or not supported for this model")
 
 
 def parse(values, path):
     """config.json -> Config. Every field is honoured, known to be harmless, or refused."""
     f = Fields(values, path)
-    family = values.get("model_type")
-    if family in UNSUPPORTED:
-        f.refuse(f"model_type {family!r} is not supported: {UNSUPPORTED[family]}")
-    values = f.choose("model_type", FAMILIES) | (_gpt2(f) if family == "gpt2" else _llama_like(f, family))
+    family, sizes = f.take("model_type", str), {}
+    if family not in FAMILIES:
+        reason = TABLES["unsupported"].get(family, f"these are: {', '.join(FAMILIES)}")
+        f.refuse(f"model_type {shown(family)} is not supported: {reason}")
+    for theirs, ours in (GPT2_SIZES if family == "gpt2" else LLAMA_SIZES).items():
+        sizes[ours] = f.take(theirs, int)
+    if sizes["n_layer"] > MOST_LAYERS:
+        f.refuse(f"{sizes['n_layer']} layers are more than any model has")
+    values = FAMILIES[family] | sizes | (gpt2(f, sizes) if family == "gpt2" else llama_like(f, family, sizes))
     f.done()
     heads, kv_heads, width = values["n_head"], values.get("n_kv_head") or values["n_head"], values["d_model"]
     if heads % kv_heads or (width % heads and not values.get("head_dim")):
@@ -166,10 +81,9 @@ def parse(values, path):
     return made
 
 
-def _gpt2(f):
-    values = {ours: f.take(theirs, int) for theirs, ours in GPT2_SIZES.items()}
-    return values | {
-        "d_ff": f.take("n_inner", int, None) or 4 * values["d_model"],
+def gpt2(f, sizes):
+    return {
+        "d_ff": f.take("n_inner", int, None) or 4 * sizes["d_model"],
         "tied": f.take("tie_word_embeddings", bool, True),
         "norm_eps": f.take("layer_norm_epsilon", float),
         "activation": f.choose("activation_function", ACTIVATIONS),
@@ -177,17 +91,17 @@ def _gpt2(f):
     }
 
 
-def _llama_like(f, family):
+def llama_like(f, family, sizes):
     """Defaults are those of the family's own code, and only for fields that real checkpoints leave out."""
     phi, gemma, late_gemma = family == "phi", family.startswith("gemma"), family in ("gemma2", "gemma3_text")
     kv_default = None if family in ("llama", "olmo2", "phi") else NEEDED  # None: as many as query heads
-    values = {ours: f.take(theirs, int) for theirs, ours in LLAMA_SIZES.items()} | {
+    values = {
         "n_kv_head": f.take("num_key_value_heads", int, kv_default, null=True),
         "head_dim": f.take("head_dim", int, NEEDED if gemma or family == "qwen3" else None),
         "tied": f.take("tie_word_embeddings", bool, gemma),
         "norm_eps": f.take("layer_norm_eps" if phi else "rms_norm_eps", float),
     }
-    values |= _rope(f, family) | _windows(f, family, values["n_layer"])
+    values |= rope(f, family) | windows(f, family, sizes["n_layer"])
     field, twin = ("hidden_activation", "hidden_act") if late_gemma else ("hidden_act", "hidden_activation")
     legacy = {"gelu": "gelu_tanh"} if family == "gemma" else {}  # what Gemma's first release meant
     values["activation"] = f.choose(field, ACTIVATIONS | legacy)
@@ -198,7 +112,7 @@ def _llama_like(f, family):
     if family == "llama":
         values["mlp_bias"] = f.take("mlp_bias", bool, False)
     if gemma:
-        values["embed_scale"] = values["d_model"] ** 0.5
+        values["embed_scale"] = sizes["d_model"] ** 0.5
     if late_gemma:
         values["attn_scale"] = f.take("query_pre_attn_scalar", float) ** -0.5
         values["attn_softcap"] = f.take("attn_logit_softcapping", float, null=True)
@@ -210,7 +124,7 @@ def _llama_like(f, family):
     return values
 
 
-def _rope(f, family):
+def rope(f, family):
     """From rope_theta and rope_scaling (transformers 4), or from rope_parameters (5), which go before rope_theta."""
     top = {name: f.take(name, float, None) for name in ("rope_theta", "partial_rotary_factor")}
     old, new = f.take("rope_scaling", dict, None) or {}, f.take("rope_parameters", dict, None) or {}
@@ -219,26 +133,26 @@ def _rope(f, family):
     if family == "gemma3_text":  # each type of layer has its own
         layers = Fields(new or {"full_attention": old, "sliding_attention": {}}, f"{f.where}: rope_parameters")
         local = {"rope_theta": f.take("rope_local_base_freq", float, None)} | layers.take("sliding_attention", dict)
-        theta, fraction, scaling = _rope_entry(top | layers.take("full_attention", dict), f.where)
-        local_theta, local_fraction, local_scaling = _rope_entry(local, f.where)
+        theta, fraction, scaling = rope_entry(top | layers.take("full_attention", dict), f.where)
+        local_theta, local_fraction, local_scaling = rope_entry(local, f.where)
         layers.done()
         if local_scaling or {fraction, local_fraction} - {None, 1}:
             f.refuse("partial RoPE, or scaled RoPE in sliding_attention, is not supported")
         return {"rope_theta": theta or 1e6, "rope_theta_window": local_theta or 10000.0, "rope_scaling": scaling}
-    theta, fraction, scaling = _rope_entry(top | old | new, f.where)
+    theta, fraction, scaling = rope_entry(top | old | new, f.where)
     fraction = fraction or (0.5 if family == "phi" else 1.0)
     if fraction > 1 or (fraction < 1 and family != "phi"):
         f.refuse(f"partial_rotary_factor {fraction} is not supported for {family}")
     return {"rope_theta": theta or 10000.0, "rope_fraction": fraction, "rope_scaling": scaling}
 
 
-def _rope_entry(entry, where):
+def rope_entry(entry, where):
     """Theta or None, fraction or None, Config.rope_scaling."""
     r = Fields(entry, f"{where}: rope")
     older = r.take("type", str, "default")  # the name of rope_type before transformers 4.43
     kind = r.take("rope_type", str, older)
     if kind not in ("default", "linear", "llama3"):
-        r.refuse(f"rope_type {kind!r} is not supported: default, linear, llama3")
+        r.refuse(f"rope_type {shown(kind)} is not supported: default, linear, llama3")
     scaling = None if kind == "default" else {"type": kind, "factor": r.take("factor", float)}
     if kind == "llama3":
         scaling["original_block_size"] = r.take("original_max_position_embeddings", int)
@@ -250,7 +164,7 @@ def _rope_entry(entry, where):
     return theta, fraction, scaling
 
 
-def _windows(f, family, n_layer):
+def windows(f, family, n_layer):
     """Which layers see only a window, and how long it is."""
     if family == "mistral":
         return {"window": f.take("sliding_window", int, null=True)}
@@ -260,7 +174,7 @@ def _windows(f, family, n_layer):
     window = f.take("sliding_window", int, None if qwen else NEEDED)
     if qwen:
         window = window if f.take("use_sliding_window", bool, False) else None
-        first = f.take("max_window_layers", int, None if kinds or not window else NEEDED, least=0)
+        first = f.take("max_window_layers", int, None if kinds or not window else NEEDED, above=-1)
         windowed = [window is not None and layer >= (first or 0) for layer in range(n_layer)]
     else:
         every = 2 if family == "gemma2" else f.take("sliding_window_pattern", int, 6)
@@ -305,7 +219,10 @@ def describe(config):
 def names(decoder):
     """{their tensor name: our names, which are joined along rows}, over all tensors of the Decoder."""
     c, have, found = decoder.config, decoder.state_dict(), {}
-    scheme = GPT2 if c.position == "learned" else PHI if c.parallel else POST_NORM if c.post_norm else LLAMA
+    if c.position == "learned" or c.parallel:
+        scheme = NAMES["gpt2" if c.position == "learned" else "phi"]
+    else:
+        scheme = NAMES["llama"] | (NAMES["post_norm"] if c.post_norm else {})
     for theirs, ours in scheme.items():
         for layer in range(c.n_layer if "#" in theirs else 1):
             for kind in (".weight", ".bias"):
@@ -313,7 +230,7 @@ def names(decoder):
                 if parts[0] in have:
                     found[(theirs + kind).replace("#", str(layer))] = parts
     left = set(have) - {part for parts in found.values() for part in parts}
-    assert not left, f"{min(left)} has no name in Hugging Face's scheme (merge LoRA adapters before saving)"
+    assert not left, f"{min(left)} has no name in Hugging Face's scheme (merge LoRA adapters first)"
     return found
 
 

@@ -4,23 +4,26 @@ Hu et al., arXiv 2106.09685, section 4.1: W x becomes W x + (alpha / rank) B A x
 and B (out, rank) starts at zero, so that training begins at the pretrained model. Only A and B are trained.
 
 `add` puts adapters into a `Decoder`; `merge` folds them into its weights, for export with `weights.save`; `save` and
-`load` keep the adapters alone, a few megabytes. The [PRED] vectors live outside the decoder: they stay trainable.
-Next: `train.py`, which has one flag for this.
+`load` keep the adapters alone, a few megabytes, in the format of PEFT (the library that most people use for LoRA). The
+[PRED] vectors live outside the decoder: they stay trainable.
 """
 
+import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from support.cli import UserError
+from hf import families, weights
+from support.cli import UserError, read_json, write, writing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 
 class Adapted(nn.Module):
@@ -38,61 +41,147 @@ class Adapted(nn.Module):
         return self.base(x) + self.scale * F.linear(low, self.b)
 
 
-def _places(decoder, kind):
-    """(parent, name, layer, layer's full name) of every attention and MLP projection that is a `kind`."""
-    for path, parent in list(decoder.named_modules()):
-        for name, layer in list(parent.named_children()):
-            if name in PROJECTIONS and isinstance(layer, kind):
-                yield parent, name, layer, f"{path}.{name}"
+def adapted_layers(decoder):
+    """{path such as blocks.0.attn.q_proj: its `Adapted`}; empty for a decoder without adapters."""
+    return {path: layer for path, layer in decoder.named_modules() if isinstance(layer, Adapted)}
+
+
+def is_adapted(decoder):
+    return bool(adapted_layers(decoder))
 
 
 def add(decoder, rank, alpha=None, dropout=0.0):
     """Freeze the decoder and give every projection an adapter, in place. alpha None: rank, a scale of 1."""
     assert rank > 0, "an adapter needs a rank of at least 1"
-    assert not list(_places(decoder, Adapted)), "this decoder has adapters already: merge them first"
+    assert not is_adapted(decoder), "this decoder has adapters already: merge them first"
     decoder.requires_grad_(False)
-    for parent, name, layer, _ in _places(decoder, nn.Linear):
-        setattr(parent, name, Adapted(layer, rank, rank if alpha is None else alpha, dropout))
+    for path, layer in list(decoder.named_modules()):
+        if path.split(".")[-1] in PROJECTIONS:
+            decoder.set_submodule(path, Adapted(layer, rank, rank if alpha is None else alpha, dropout))
 
 
 @torch.no_grad()
 def merge(decoder):
     """Fold every adapter into its weights and take it away, in place; the decoder can be trained whole again."""
-    for parent, name, layer, _ in _places(decoder, Adapted):
+    for path, layer in adapted_layers(decoder).items():
         layer.base.weight += layer.scale * (layer.b @ layer.a)
-        setattr(parent, name, layer.base)
+        decoder.set_submodule(path, layer.base)
     decoder.requires_grad_(True)
 
 
-def state(decoder):
-    """The adapters' tensors by name, such as blocks.0.attn.q_proj.a; they share memory with the decoder."""
-    return {f"{path}.{k}": getattr(layer, k).detach() for _, _, layer, path in _places(decoder, Adapted) for k in "ab"}
+# ---- adapters on disk
 
 
-def save(decoder, path):
-    """Write the adapters alone; alpha goes along as metadata."""
-    path, adapters = Path(path), [layer for _, _, layer, _ in _places(decoder, Adapted)]
+def modules(config):
+    """{a projection's path in the Hugging Face model: ours}, the latter a list: GPT-2's c_attn is q, k and v in one."""
+    found = {}
+    for theirs, ours in families.names(weights.without_values(config)).items():
+        paths = [name.removesuffix(".weight") for name in ours]
+        if theirs.endswith(".weight") and paths[0].split(".")[-1] in PROJECTIONS:
+            found[theirs.removesuffix(".weight")] = paths
+    return found
+
+
+def tensor_name(module, matrix):
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
+def save(decoder, folder, base):
+    """Write the adapters of a decoder that came from the folder, or Hub name, `base`.
+
+    PEFT has one adapter for GPT-2's c_attn, where there are three here. Together they are one of three times the rank:
+    the A of q, k and v one below the other, and their B along the diagonal, with zeros elsewhere.
+    """
+    folder, adapters, tensors, ranks, alphas = Path(folder), adapted_layers(decoder), {}, {}, {}
     assert adapters, "this decoder has no adapters"
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state(decoder).items()}
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"format": "pt", "alpha": repr(adapters[0].alpha)})
-    os.replace(part, path)
+    for theirs, ours in modules(decoder.config).items():
+        if ours[0] in adapters:
+            layers = [adapters[path] for path in ours]
+            a, b = torch.cat([layer.a for layer in layers]), torch.block_diag(*[layer.b for layer in layers])
+            tensors |= {tensor_name(theirs, "A"): a.detach().cpu(), tensor_name(theirs, "B"): b.detach().cpu()}
+            ranks[theirs], alphas[theirs] = len(a), len(layers) * layers[0].alpha
+    first = next(iter(adapters.values()))
+    rank, alpha = len(first.a), first.alpha
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({theirs.split(".")[-1] for theirs in ranks}),
+        "rank_pattern": {theirs: value for theirs, value in ranks.items() if value != rank},
+        "alpha_pattern": {theirs: value for theirs, value in alphas.items() if value != alpha},
+        "fan_in_fan_out": any(families.transposed(f"{theirs}.weight") for theirs in ranks),  # as in the base model
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with writing(folder / TENSORS) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    write(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+
+def base_of(folder):
+    """The folder, or Hub name, of the model that the adapters in a folder belong to."""
+    path = Path(folder) / CONFIG
+    return families.Fields(read_json(path), path).take("base_model_name_or_path", str)
+
+
+def read_config(path):
+    """(rank, alpha, whether there is an adapter), each a function of a module's path, from adapter_config.json."""
+    f = families.Fields(read_json(path), path)
+    if f.take("peft_type", str) != "LORA" or f.take("bias", str, "none") != "none":
+        f.refuse("only LORA adapters without biases are supported")
+    rank = by_module(f, "rank_pattern", int, f.take("r", int))
+    alpha = by_module(f, "alpha_pattern", float, f.take("lora_alpha", float))
+    targets = f.take("target_modules", list)
+    f.done("adapter")
+    return rank, alpha, lambda module: any(named(module, target) for target in targets)
+
+
+def by_module(f, field, kind, default):
+    """A function of a module's path: the value that `field` has for it, or the default."""
+    given = families.Fields(f.take(field, dict, None) or {}, f"{f.where}: {field}")
+    values = {name: given.take(name, kind) for name in list(given.values)}
+    if not all(re.fullmatch(r"[\w.]+", name) for name in values):
+        f.refuse(f"{field} must give names of modules, not regular expressions")
+    return lambda module: next((value for name, value in values.items() if named(module, name)), default)
+
+
+def named(module, name):
+    """Is this name of modules one of this module's: the last parts of its path?"""
+    return f".{module}".endswith(f".{name}")
 
 
 @torch.no_grad()
-def load(decoder, path, dropout=0.0):
-    """Add the adapters that `save` wrote to a decoder without any, in place."""
-    try:
-        with safe_open(path, "pt") as file:
-            saved, alpha = {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["alpha"])
-        rank = len(saved["blocks.0.attn.q_proj.a"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a file of adapters, or damaged ({error})") from error
-    add(decoder, rank, alpha, dropout)
-    wanted = state(decoder)
-    for name in sorted(saved.keys() | wanted.keys()):
-        if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape:
-            merge(decoder)  # B is still zero: this leaves the decoder as it was
-            raise UserError(f"{path}: {name} is not as this decoder needs it; the adapters are another model's")
-    for name, tensor in wanted.items():
-        tensor.copy_(saved[name])
+def load(decoder, folder, dropout=0.0):
+    """Add the adapters in a folder, written by `save` or by PEFT, to a decoder without any, in place.
+
+    Raises UserError, and leaves the decoder as it was, where they do not fit it or are of another kind than here.
+    """
+    folder, adapters = Path(folder), {}
+    rank_of, alpha_of, targeted = read_config(folder / CONFIG)
+    tensors = weights.read_tensors(folder / TENSORS)
+    for theirs, ours in modules(decoder.config).items():
+        a, b = (tensors.pop(tensor_name(theirs, matrix), None) for matrix in "AB")
+        if a is None and b is None and not targeted(theirs):
+            continue
+        layers, rank, alpha = [decoder.get_submodule(path) for path in ours], rank_of(theirs), alpha_of(theirs)
+        shapes = [(rank, layers[0].in_features), (sum(layer.out_features for layer in layers), rank)]
+        if [tensor is not None and tuple(tensor.shape) for tensor in (a, b)] != shapes:
+            raise UserError(f"{folder / TENSORS}: {theirs} needs lora_A and lora_B of shapes {shapes}; these adapters "
+                            f"are another model's, or do not fit their {CONFIG}")
+        parts = b.split([layer.out_features for layer in layers])
+        of_their_own = torch.block_diag(*[torch.ones(len(part), rank // len(parts)) for part in parts])
+        if len(parts) > 1 and rank % len(parts) == 0 and not b[of_their_own == 0].any():
+            rank, alpha = rank // len(parts), alpha / len(parts)  # as `save` writes them
+            halves = [(a[i * rank : (i + 1) * rank], part[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
+        else:  # PEFT's own: q, k and v have one A in common
+            halves = [(a, part) for part in parts]
+        adapters |= {path: (layer, rank, alpha, half) for path, layer, half in zip(ours, layers, halves, strict=True)}
+    if tensors:
+        raise UserError(f"{folder / TENSORS}: {min(tensors)[:200]} has no place in this model")
+    decoder.requires_grad_(False)
+    for path, (layer, rank, alpha, (a, b)) in adapters.items():
+        decoder.set_submodule(path, made := Adapted(layer, rank, alpha, dropout))
+        made.a.copy_(a), made.b.copy_(b)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf import families
 from model import Decoder
@@ -33,7 +33,7 @@ def config(folder):
 
 def load(folder):
     """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice."""
-    decoder = _bare_decoder(config(folder))
+    decoder = without_values(config(folder))
     wanted, names, found, spare_heads = decoder.state_dict(), families.names(decoder), {}, []
     prefix = "transformer." if decoder.config.position == "learned" else "model."  # left out by some checkpoints
     for name, tensor, file in _tensors(Path(folder)):
@@ -107,10 +107,18 @@ def fetch(name):
         raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}") from error
 
 
-def _bare_decoder(config):
+def without_values(config):
     """A Decoder of shapes alone: nothing allocated, nothing drawn at random."""
     with torch.device("meta"):
         return Decoder(config)
+
+
+def read_tensors(path):
+    """{name: tensor} of a small safetensors file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as failure:
+        raise UserError(f"{path}: missing, damaged, or not a safetensors file: {failure}") from None
 
 
 def _convert(tensor, theirs, ours, wanted, where):
