@@ -342,7 +342,10 @@ def validate_if_due(run, per_epoch):
     if run.step % per_epoch and run.step < run.total:
         return
     rank = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
-    scores = validate(run) if run.validation else {"val_lm": 0.0}
+    scores = {"val_lm": 0.0}
+    if run.validation:
+        with processes.at_hand(run.model, run.args.shard):
+            scores = validate(run)
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; best/ holds the last good state")
     if not run.validation or all(rank(scores) > rank(line) for line in run.validations):

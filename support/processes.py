@@ -7,6 +7,7 @@ Processes share the examples of each step (`own_share`), and the result is that 
 gradients over processes; the losses here are shares of one mean and must be *summed*, hence train.py's `* WORLD`.
 """
 
+import contextlib
 import os
 import signal
 from datetime import timedelta
@@ -16,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 from support.cli import UserError
 
@@ -72,16 +72,22 @@ def spread(model, shard):
     model.gather = gather
     if not shard:
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # [PRED], where lam = 0
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     for block in model.decoder.blocks:
         fully_shard(block)
-    fully_shard(model.decoder)
-    fully_shard(model)
-    for module, methods in ((model, ("hidden", "losses")), (model.decoder, ("hidden", "logits"))):
-        for method in methods:
-            register_fsdp_forward_method(module, method)
+    fully_shard(model)  # what is outside the blocks
     return model
+
+
+@contextlib.contextmanager
+def at_hand(model, shard):
+    """Within this context the methods of a sharded model work too, and not only calling it."""
+    if shard:
+        model.unshard()
+    yield
+    if shard:
+        model.reshard()
 
 
 def end():
@@ -95,14 +101,28 @@ def own_share(examples):
     return examples[RANK::WORLD]
 
 
-def gather(rows):  # (n, C) -> (sum of all n, C)
-    """The rows of all processes, with gradient: a distance that compares rows with each other needs them all."""
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(WORLD)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(size) for size in sizes]
-    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
-    parts = all_gather_with_gradient(padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+class Gather(torch.autograd.Function):
+    """The rows of all processes, (n, C) -> (sum of all n, C), with gradient: see `gather`."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        sizes = all_of_them(len(rows))
+        ctx.own = slice(sum(sizes[:RANK]), sum(sizes[: RANK + 1]))
+        padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # all processes must send equally much
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # every process's loss depends on these rows
+        return gradient[ctx.own]
+
+
+def gather(rows):
+    """The rows of all processes: a distance that compares rows with each other needs them all."""
+    return Gather.apply(rows)
 
 
 def summed(values):
@@ -130,22 +150,22 @@ def all_of_them(value):
 
 
 class Stop:
-    """After Ctrl-C, SIGTERM or a lost terminal `.wanted` is True, and training stops between steps; a second signal
+    """After Ctrl-C, SIGTERM or a lost terminal `.wanted` is True, and training stops between steps; a second Ctrl-C
     stops at once. It is True also when torchrun has died, so that nobody is left writing into the run."""
 
     def __init__(self):
-        self.signalled, self.parent = False, os.getppid()
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, self)
+        self.signals, self.parent = [], os.getppid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
-        if self.signalled:
+        if number == signal.SIGINT and number in self.signals:
             raise KeyboardInterrupt
-        self.signalled = True
+        self.signals.append(number)
 
     @property
     def wanted(self):
-        return self.signalled or (WORLD > 1 and os.getppid() != self.parent)
+        return bool(self.signals) or (WORLD > 1 and os.getppid() != self.parent)
 
 
 # ---- sharded models on disk (what imports these functions' packages takes seconds, and few runs need them)
@@ -172,6 +192,9 @@ def load_shards(model, optimizer, folder):
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+    optimizer.zero_grad(set_to_none=True)  # torch makes an optimizer's missing state only where there is no gradient
     weights, moments = get_state_dict(model, optimizer)
     checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as train.py wants them

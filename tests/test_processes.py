@@ -1,0 +1,106 @@
+"""Several processes under torchrun: the result is that of one, and a death ends all without losing the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import log, run, toy_rows, train
+from torch.testing import assert_close
+
+from support import processes
+from support.cli import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
+
+
+def torchrun(count, *flags):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "train.py", *flags]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """13 rows: an epoch is three steps of 4 and one of a single row, in which one of two processes has nothing."""
+    folder = tmp_path_factory.mktemp("toy")
+    return ["--data", toy_rows(folder / "train.jsonl", 13), "--val", toy_rows(folder / "val.jsonl", 5, seed=1)]
+
+
+def same(one, other):
+    """Weights, [PRED] vectors and logged losses agree."""
+    for name in ("model", "pred"):
+        files = (load_file(folder / f"best/{name}.safetensors") for folder in (one, other))
+        assert_close(*files, rtol=0, atol=1e-6)
+    mine, theirs = ([(line["step"], line.get("total", line.get("val_total"))) for line in log(folder)]
+                    for folder in (one, other))
+    assert torch.tensor(mine).numpy() == pytest.approx(torch.tensor(theirs).numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("engine, distance", [("", "infonce"), ("--shard", "infonce")])
+def test_two_processes_equal_one(toy, tmp_path, engine, distance):
+    """DDP and FSDP2 over a whole run, also where rows are compared across processes; to 1e-6 in the weights."""
+    flags = [*toy, *SMALL, "--distance", distance, "--lam", "0.5", "--lr", "5e-4"]
+    alone = train(tmp_path / "alone", *flags)
+    done = run(*torchrun(2, "--out", tmp_path / "both", *flags, *engine.split()))
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "both", alone)
+
+
+@pytest.mark.parametrize("engine, others", [("", 1), ("--shard", 3)])
+def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, others):
+    """SIGKILL of one of two workers: all end within 30 s; another number of processes goes on to the same result."""
+    flags = [*toy, *SMALL, "--save_minutes", "0", "--lr", "5e-4", "--epochs", "4"]
+    alone, out = train(tmp_path / "alone", *flags), tmp_path / "both"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags, *engine.split()))]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while launcher.poll() is None and not (out / "checkpoint").exists():
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    launcher.communicate()
+    assert launcher.returncode != 0 and time.monotonic() - began < 30
+    resume = ("--resume", out)
+    done = run(*torchrun(others, *resume)) if others > 1 else run("train.py", *resume)
+    assert done.returncode == 0, done.stderr
+    same(out, alone)
+
+
+def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
+    flags = [*toy, *SMALL, "--lr", "5e-4", "--epochs", "50"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    out = tmp_path / "both"
+    command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags))]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                start_new_session=True)
+    while launcher.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    launcher.communicate(timeout=60)
+    step = torch.load(out / "checkpoint/training.pt", weights_only=True)["step"]
+    assert 0 < step < 200 and all(line["step"] <= step for line in log(out))
+
+
+def test_world_size_without_torchrun_is_one_line(tmp_path):
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--out", tmp_path / "run"], env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and "torchrun did not start this process" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_bfloat16_is_refused_where_it_is_slow(monkeypatch):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+    with pytest.raises(UserError, match="this cpu has no fast bfloat16"):
+        processes.hardware("cpu", "bfloat16")
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: True)
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("auto", torch.float32), ("float32", torch.float32)):
+        _, autocast = processes.hardware("cpu", dtype)
+        with autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
