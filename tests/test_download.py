@@ -266,6 +266,17 @@ def test_progress_is_shown(run, server, monkeypatch):
     assert 0 < failed.n < len(BODY)
 
 
+def test_a_full_disk_is_one_line_and_asked_for_once(run, server, tmp_path, monkeypatch):
+    class Bar(download.tqdm):
+        def update(self, count):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "tqdm", Bar)
+    code, _, err = run("one")
+    assert code == 2 and len(err) == 1 and "No space left" in err[0] and len(server.asked) == 1
+    assert contents(tmp_path / "out") == {}
+
+
 def archive(entries):
     """The bytes of a zip with these names and contents."""
     buffer = io.BytesIO()
@@ -341,6 +352,7 @@ def test_what_a_killed_extraction_left_is_cleared(run, server, tmp_path, monkeyp
     left = tmp_path / "out" / "spider_databases.part" / "a"
     left.mkdir(parents=True)
     (left / "a.sqlite").write_bytes(b"fi")
+    (tmp_path / "out" / "spider_databases").mkdir()  # empty: not unpacked yet
     code, _, _ = run("spider_databases")
     assert code == 0
     assert set(contents(tmp_path / "out")) == {"spider_data.zip", "spider_databases/a/a.sqlite"}
@@ -377,7 +389,7 @@ def test_list_all_and_names(capsys, monkeypatch):
     (["synthetic"], "no data set named synthetic"),
     ([], "name at least one"),
     (["synth", "--base", "file:///tmp"], "not an http:// or https:// address"),
-    (["synth", "--base", "http://["], "http://["),
+    (["synth", "--base", "http://["], "'[' is not a valid host or port; nothing fetched"),
     (["synth", "--base", "http://"], "No host"),
     (["synth", "--base", "http://a..b"], "a..b"),
     (["synth", "--base", "http://localhost:99999999"], "99999999"),
