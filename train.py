@@ -187,7 +187,8 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # optimizer steps done
     total: int = 0  # of this run
-    failures: torch.Tensor = None  # steps in a row whose gradient was not finite; on the device, like the gradient
+    failures: torch.Tensor = None  # steps in a row that were not taken; on the device, like the gradient
+    skipped: torch.Tensor = None  # all steps that were not taken since this process began
     validations: list = None  # what the log says of them
     saved_at: float = 0.0  # seconds, of time.monotonic
     warned: bool = False  # that the encodings have collapsed
@@ -230,6 +231,7 @@ def take_step(run, examples):
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     run.failures = optimizer.found_inf * (run.failures + 1)
+    run.skipped += optimizer.found_inf
     run.step += 1
     return {"sums": sums, "norm": norm, "tokens": tokens, "jepa": jepa}
 
@@ -269,7 +271,8 @@ def fit(run):
     lengths = [len(e.full) for e in run.examples]
     per_epoch = -(-len(lengths) // size)
     run.total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
-    run.failures, run.saved_at = torch.zeros((), device=run.device), time.monotonic()
+    run.failures, run.skipped = torch.zeros(2, device=run.device)
+    run.saved_at = time.monotonic()
     stop = processes.Stop()
     if run.step and not any(line["step"] == run.step for line in run.validations):
         validate_if_due(run, per_epoch)  # the run was stopped before it could
@@ -285,10 +288,10 @@ def fit(run):
             taken = take_step(run, [examples[i] for i in members])
             # what reads the device back, and so waits for it, happens at logged steps only (on a CPU nothing waits)
             logged = run.step % args.log_every == 0 or run.step == run.total
-            if logged or run.device.type == "cpu":
-                stop_if_failing(run, members)
             if logged:
                 log_step(run, bar, epoch, taken, began)
+            if logged or run.device.type == "cpu":
+                stop_if_failing(run, members)
             # save now and then, and when somebody wants to stop
             due = time.monotonic() - run.saved_at > 60 * args.save_minutes
             stopping, due = processes.any_of(stop.wanted, due)
@@ -313,7 +316,7 @@ def stop_if_failing(run, members):
         return
     rows = ", ".join(run.places[i] for i in members[:4]) + (", ..." if members[4:] else "")
     kept = "checkpoint/ holds the last good state" if (run.args.out / "checkpoint").exists() else "nothing was saved"
-    raise Stopped(f"step {run.step}: loss or gradient is not finite for the {int(run.failures)}th step in a row "
+    raise Stopped(f"step {run.step}: loss or gradient is not finite, as in the {int(run.failures) - 1} steps before "
                   f"(rows {rows}); {kept}; try a lower --lr or --clip")
 
 
@@ -323,7 +326,8 @@ def log_step(run, bar, epoch, taken, began):
     speed = round(taken["tokens"] * WORLD / (time.perf_counter() - began))
     if RANK == 0:
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
-                 lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed)
+                 lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
+                 **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
     bar.set_postfix_str(f"lm {lm:.3f}, jepa {jepa:.3f}, {speed} tokens/s", refresh=False)
 
 

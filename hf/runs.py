@@ -198,10 +198,10 @@ def save_model(model, folder, source=None, training=None):
         save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
         if training is not None:
             torch.save(training, new / "training.pt")
-    except (RuntimeError, SafetensorError) as failure:  # torch.save and safetensors on a full disk
+    except (RuntimeError, OSError, SafetensorError, UserError) as failure:  # a full disk shows itself in many ways
         shutil.rmtree(new, ignore_errors=True)
         reason = str(failure).splitlines()[0]
-        raise UserError(f"{folder}: cannot be written ({reason}); what was saved before is still there") from None
+        raise Stopped(f"{folder}: cannot be written ({reason}); what was saved before is still there") from None
     for file in new.iterdir():
         file.chmod(0o666 & ~UMASK)  # safetensors makes its files for the owner alone
     replace(folder)

@@ -1,0 +1,267 @@
+"""What must never cost a user a run, a file, or an hour: losses that are not finite, folders in use, terminals that die."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import MODEL, ROOT, inside, log, toy_rows, train
+
+import train as train_script
+from hf import runs
+from support import cli
+from support.cli import Stopped, UserError
+
+SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    return ["--data", toy_rows(folder / "train.jsonl", 17), "--val", toy_rows(folder / "val.jsonl", 5, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "finished", *toy, *SMALL)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def ended(main, capsys):
+    """(exit code, the one line on stderr) of a command called in this process."""
+    streams = sys.stdout, sys.stderr
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main)
+    sys.stdout, sys.stderr = streams
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return exit.value.code, lines[0]
+
+
+# ---- losses that are not finite
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_three_end_the_run(toy, tmp_path, capsys):
+    """Weights of 1e9 make every later loss infinite: the checkpoint of the first step stays, and best/ is not made."""
+    out = tmp_path / "run"
+    flags = ["--lr", "1e9", "--clip", "1e30", "--warmup", "0", "--schedule", "constant", "--save_minutes", "0"]
+    code, line = ended(lambda: inside("--out", out, *toy, *SMALL, "--epochs", "4", *flags), capsys)
+    assert code == 1 and "step 4" in line and "train.jsonl:" in line and "last good state" in line
+    text = (out / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    lines = [json.loads(each) for each in text.splitlines()]
+    assert [each.get("steps_not_taken") for each in lines if "lm" in each] == [None, 1, 2, 3]
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "checkpoint/model.safetensors").values())
+    assert not (out / "best").exists()
+
+
+def test_a_single_bad_step_leaves_weights_and_moments_alone(toy, tmp_path, monkeypatch):
+    """One gradient of five is spoilt: the run ends well, and that step is counted."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def spoil(parameters, largest):
+        parameters = list(parameters)
+        calls.append([p.detach().clone() for p in parameters])
+        if len(calls) == 2:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--epochs", "1")
+    assert all(torch.equal(before, after) for before, after in zip(calls[1], calls[2], strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(calls[0], calls[1], strict=True))
+    assert [line.get("steps_not_taken") for line in log(tmp_path / "run") if "lm" in line] == [None, 1, 1, 1, 1]
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(finished, tmp_path):
+    folder = Path(shutil.copytree(finished / "checkpoint", tmp_path / "checkpoint"))
+    before, model = contents(folder), runs.load_model(folder)
+    with torch.no_grad():
+        model.decoder.norm.weight[0] = float("inf")
+    with pytest.raises(Stopped, match="decoder.norm.weight is not finite"):
+        runs.save_model(model, folder)
+    assert contents(folder) == before
+
+
+def test_a_model_that_is_not_finite_is_not_evaluated(finished, tmp_path):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    tensors = load_file(copy / "best/model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, copy / "best/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        runs.open_model(copy, "cpu")
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("name", ["best/weights", "checkpoint/weights", "best.old/weights", "checkpoint.new/weights",
+                                  "log.jsonl", "loss.png", "thesis.tex"])
+def test_a_folder_that_holds_something_else_is_refused(toy, tmp_path, capsys, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("a year of work")
+    code, line = ended(lambda: inside("--out", tmp_path / "run", *toy, *SMALL), capsys)
+    assert code == 2 and "is not empty and holds no run" in line
+    assert contents(tmp_path / "run") == {Path(name): b"a year of work"}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(finished / "checkpoint", tmp_path / "checkpoint"))
+    before = contents(folder)
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")  # torch.save's words
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(Stopped, match="cannot be written .*; what was saved before is still there"):
+        runs.save_model(runs.load_model(folder), folder, training={"step": 1})
+    assert contents(folder) == before and not (tmp_path / "checkpoint.new").exists()
+
+
+def test_files_have_the_mode_that_the_umask_gives(finished):
+    for path in [*(finished / "checkpoint").iterdir(), *(finished / "best").iterdir()]:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~runs.UMASK, path
+
+
+def test_the_old_checkpoint_counts_while_the_new_one_is_put_in_its_place(finished, tmp_path):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    for name in ("best", "checkpoint"):
+        (copy / name).rename(copy / f"{name}.old")
+    assert runs.saved(copy, "best", "checkpoint") == copy / "best.old"
+    assert runs.open_model(copy, "cpu").seed == 0
+
+
+def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from hf import runs; held = runs.lock(sys.argv[1]); print('held', "
+         "flush=True); time.sleep(600)", str(copy)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    code, line = ended(lambda: inside("--resume", copy), capsys)
+    assert code == 2 and "another process is training this run" in line
+    holder.kill()
+    holder.communicate()
+    inside("--resume", copy)  # any death lets go of it
+
+
+# ---- terminals
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Rows that no ASCII terminal can print, among them what a tokenizer without them would answer."""
+    path = tmp_path_factory.mktemp("odd") / "rows.jsonl"
+    said = [{"role": "user", "content": "café"}, {"role": "assistant", "content": "日本語"}]
+    path.write_text("".join(json.dumps({"messages": said}) + "\n" for _ in range(5)))
+    return ["--data", path, "--val", path, *SMALL[:-4], "--epochs", "1"]
+
+
+@pytest.mark.parametrize("where", ["ascii", "head", "full"])
+def test_printing_never_ends_a_run(odd, tmp_path, where):
+    command = [sys.executable, "train.py", "--out", tmp_path / "run", *odd]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii" if where == "ascii" else "utf-8"}
+    with open("/dev/full" if where == "full" else os.devnull, "w") as sink:
+        out = subprocess.PIPE if where == "head" else sink
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=out, stderr=sink)
+        if where == "head":
+            process.stdout.readline()
+            process.stdout.close()
+        assert process.wait() == 0
+    assert (tmp_path / "run/best").exists() and (tmp_path / "run/checkpoint").exists()
+
+
+def test_a_lost_terminal_saves(toy, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "train.py", "--out", out, *toy, *SMALL, "--epochs", "200"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while process.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 130
+    step = torch.load(out / "checkpoint/training.pt", weights_only=True)["step"]
+    assert 0 < step < 1000 and log(out)[-1]["step"] <= step
+
+
+# ---- what a run depends on
+
+
+@pytest.mark.parametrize("which", ["tokenizer.json", "model.safetensors"])
+def test_a_run_does_not_go_on_with_another_model_or_tokenizer(toy, tmp_path, capsys, which):
+    base = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    flags = [*toy, "--init", base, "--lora_rank", "2", "--epochs", "1", "--batch_size", "4"]
+    inside("--out", tmp_path / "run", *flags)
+    path = base / which
+    if which == "tokenizer.json":
+        path.write_text(path.read_text() + "\n")
+    else:
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    code, line = ended(lambda: inside("--resume", tmp_path / "run"), capsys)
+    assert code == 2 and "has changed since" in line and "base" in line
+
+
+@pytest.mark.parametrize("edit, complaint", [
+    ({"k": -3}, "--k -3"), ({"lam": "nan"}, "--lam nan"), ({"distance": "manhattan"}, "manhattan"),
+    ({"lora_rank": 1}, "--init"), ({"new_flag": 7}, "--new_flag"), ({"layout": None}, "not the config.json of a run"),
+    ({"device": "toaster"}, "toaster"), ({"data": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl"),
+])
+def test_an_edited_config_is_checked_like_flags(finished, tmp_path, capsys, edit, complaint):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["arguments"] |= edit
+    (copy / "config.json").write_text(json.dumps(config))
+    code, line = ended(lambda: inside("--resume", copy), capsys)
+    assert code == 2 and complaint in line
+
+
+def test_a_config_of_an_older_version_lacks_flags_and_goes_on(finished, tmp_path):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["arguments"]["save_minutes"], config["arguments"]["shard"], config["sha256"]["tokenizer"]
+    (copy / "config.json").write_text(json.dumps(config))
+    inside("--resume", copy)
+
+
+def test_a_log_damaged_by_a_power_cut_is_mended(finished, tmp_path, capsys):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    path = copy / "log.jsonl"
+    odd = [b"\0\0\0\0", b"[1]", b'{"step": "x"}', b"[" * 100_000, b'{"step": 3, "l']
+    path.write_bytes(path.read_bytes() + b"\n".join(odd))
+    inside("--resume", copy)
+    assert log(copy) == log(finished) and "damaged lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [
+    {}, [], 7, {"step": "x", "random": []}, {"step": 2, "random": [[torch.zeros(3)]], "optimizer": {"state": {}}},
+    {"step": 2, "random": [], "optimizer": {"state": {0: {}}, "param_groups": []}},
+])
+def test_an_odd_training_state_is_one_line(finished, tmp_path, capsys, saved):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    torch.save(saved, copy / "checkpoint/training.pt")
+    code, line = ended(lambda: inside("--resume", copy), capsys)
+    assert code == 2 and "training.pt" in line
+
+
+def test_names_that_no_file_system_takes(toy, capsys):
+    for flags in (["--out", "x" * 300, *toy], ["--data", "x" * 300], ["--resume", "x" * 300]):
+        code, line = ended(lambda flags=flags: inside(*flags, *([] if "--resume" in flags else SMALL)), capsys)
+        assert code == 2 and "too long" in line
+
+
+def test_the_threshold_of_three_is_needed():
+    """One bad step must not end a run: `stop_if_failing` looks at steps in a row."""
+    state = train_script.Run(*[None] * 10, failures=torch.tensor(2.0))
+    train_script.stop_if_failing(state, [])
