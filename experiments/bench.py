@@ -4,15 +4,14 @@
     python -m experiments.bench --init FOLDER --data FILE --batch_size 4    # a Hugging Face model
 
 Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns with each other and with a large matrix product,
-whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are counted by
-`flops`, a formula that the tests hold to torch's own counter. Peak memory is taken in a fresh process for each.
+whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are those of the
+formula in `flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
 """
 
 import os
 import platform
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -46,54 +44,57 @@ KINDS = {  # what is timed: arguments of data.collate
 LAM = 2.0
 
 
-def machine():
-    """What the figures of a file were measured on."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "threads": torch.get_num_threads(), "system": platform.system(), "torch": torch.__version__}
+class Form(NamedTuple):
+    """One way to compute a training step."""
+
+    batch: Callable  # number of the step -> `jepa.Batch`
+    loss: Callable  # `jepa.Batch` -> total loss
+    optimizer: torch.optim.Optimizer
+    all_logits: bool = False  # are logits made in every column, or only where there is a label?
 
 
-# ---- counting
+def our_forms(model, examples, args):
+    """{kind: Form} of the three KINDS of steps that train.py can do."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    collate = partial(data.collate, k=args.k)
+    return {kind: Form(lambda number, how=how: collate(rows_of(examples, number, args.batch_size), **how),
+                       lambda batch: model(batch, lam=LAM).total, optimizer) for kind, how in KINDS.items()}
 
 
-def flops(config, rows, columns, labels):
+def rows_of(examples, number, size):
+    """The examples of the step of this number, which may be negative."""
+    start = number * size % (len(examples) - size + 1)
+    return examples[start : start + size]
+
+
+def train_step(form, device, dtype, number):
+    with hardware(str(device), dtype)[1]():
+        loss = form.loss(form.batch(number).to(device))
+    loss.backward()
+    form.optimizer.step()
+    form.optimizer.zero_grad()
+
+
+# ---- what is measured
+
+
+def flops(config, rows, columns, logits):
     """Floating-point operations of a step, forward and backward, over rows of T columns.
 
     A row of T columns costs 2 P T in the linear layers (P: their parameters, without embeddings) and 4 L H D T^2 in
-    attention (scores, and weighted sum, each 2 H D T^2 in each of L layers); each label costs 2 V C in the output
-    matrix. The backward pass costs twice the forward pass.
+    attention (scores, and weighted sum, each 2 H D T^2 in each of L layers); logits cost 2 V C each time they are made,
+    by default for each label. The backward pass costs twice the forward pass.
     """
     c = config
     attention = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
     mlp = c.d_model * c.d_ff * (3 if c.gated else 2)
     linear = 2 * c.n_layer * (attention + mlp) * columns
     scores = 4 * c.n_layer * c.n_head * c.head_dim * columns**2
-    return 3 * (rows * (linear + scores) + 2 * c.vocab_size * c.d_model * labels)
+    return 3 * (rows * (linear + scores) + 2 * c.vocab_size * c.d_model * logits)
 
 
-def step_flops(config, batch):
-    return flops(config, *batch.ids.shape, len(batch.label))
-
-
-def counted_flops(model, batch):
-    """The same by torch's counter, which knows the attention of the plain "math" kernel on every device."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(batch).total.backward()
-    model.zero_grad()
-    return counter.get_total_flops()
-
-
-# ---- timing
-
-
-class Form(NamedTuple):
-    """One way to do a training step."""
-
-    step: Callable  # does the step of this number
-    batch: Callable  # number -> the `jepa.Batch` of the step
-    all_logits: bool = False  # are logits made in every column, or only where there is a label?
+def step_flops(config, batch, all_logits=False):
+    return flops(config, *batch.ids.shape, batch.ids.numel() if all_logits else len(batch.label))
 
 
 def take_turns(forms, rounds, device, warm_up=2):
@@ -113,54 +114,27 @@ def take_turns(forms, rounds, device, warm_up=2):
     return seconds
 
 
-def time_forms(forms, config, steps, device):
-    """What was found about each of {(name, dtype): Form}, as a list of dicts; "ceiling": FLOP/s of a large product."""
-    size = 8192 if device.type == "cuda" else 2048
-    turns = {key: form.step for key, form in forms.items()}
-    for dtype in dict.fromkeys(dtype for _, dtype in forms):
+def time_steps(forms, config, steps, device):
+    """What was found about each of {name: Form} in each dtype, as a list of dicts. ceiling: FLOP/s of the product."""
+    dtypes, size = ["float32", "bfloat16"], 8192 if device.type == "cuda" else 2048
+    if not has_bfloat16(device):
+        dtypes.pop()
+        print(f"bfloat16 is left out: this {device.type} is not faster in it", file=sys.stderr)
+    turns, found = {}, []
+    for dtype in dtypes:
         matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
         turns["ceiling", dtype] = lambda number, matrix=matrix: matrix @ matrix
-    seconds = {key: statistics.median(found) for key, found in take_turns(turns, steps, device).items()}
-    found = []
-    for (name, dtype), form in forms.items():
-        batches = [form.batch(number) for number in range(steps)]
-        work = statistics.median(
-            flops(config, *batch.ids.shape, batch.ids.numel() if form.all_logits else len(batch.label))
-            for batch in batches)
-        ceiling, columns = 2 * size**3 / seconds["ceiling", dtype], sum(batch.ids.numel() for batch in batches)
-        found.append({
-            "form": name, "dtype": dtype, "seconds": seconds[name, dtype], "flops": work, "ceiling": ceiling,
-            "share_of_ceiling": work / seconds[name, dtype] / ceiling,
-            "padding": sum((batch.segment == PAD).sum().item() for batch in batches) / columns,
-        })
+        turns |= {(name, dtype): partial(train_step, form, device, dtype) for name, form in forms.items()}
+    seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
+    for name, dtype in turns:
+        if name != "ceiling":
+            batches = [forms[name].batch(number) for number in range(steps)]
+            work = median(step_flops(config, batch, forms[name].all_logits) for batch in batches)
+            padding = sum((batch.segment == PAD).sum().item() for batch in batches)
+            found.append({"form": name, "dtype": dtype, "seconds": seconds[name, dtype], "flops": work,
+                          "ceiling": 2 * size**3 / seconds["ceiling", dtype],
+                          "padding": padding / sum(batch.ids.numel() for batch in batches)})
     return found
-
-
-def our_forms(model, examples, args, dtype):
-    """{(kind, dtype): Form} for the three KINDS of steps that train.py can do."""
-    device, optimizer = model.pred.device, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    autocast = hardware(args.device, dtype)[1]
-
-    def batch_of(number, how):
-        return data.collate(rows_of(examples, number, args.batch_size), args.k, **how)
-
-    def step(number, how):
-        with autocast():
-            losses = model(batch_of(number, how).to(device), lam=LAM)
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return {(kind, dtype): Form(partial(step, how=how), partial(batch_of, how=how)) for kind, how in KINDS.items()}
-
-
-def rows_of(examples, number, size):
-    """The examples of the step of this number, which may be negative."""
-    start = number * size % (len(examples) - size + 1)
-    return examples[start : start + size]
-
-
-# ---- memory
 
 
 def peak_memory():
@@ -173,22 +147,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def memory_of_steps(make_forms, args, key):
+def memory_of_steps(make_forms, args, name, dtype):
     """MiB that two steps of a form take, model and optimizer included; on the CPU beyond what the libraries take."""
-    before = peak_memory()
-    form = make_forms(args, key)[key]
+    before, device = peak_memory(), hardware(args.device)[0]
+    form = make_forms(args, name)[name]
     for number in range(2):
-        form.step(number)
-    device = hardware(args.device)[0]
+        train_step(form, device, dtype, number)
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory() - before
 
 
 def in_fresh_process(function, *arguments):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-# ---- decoding
 
 
 def one_by_one(decoder, prompt, stop, budget):
@@ -202,100 +172,117 @@ def one_by_one(decoder, prompt, stop, budget):
     return ids[0, len(prompt) :].tolist()
 
 
-def time_decoding(decoder, prompts, stop, args, turns=4):
-    """{how: (seconds per row, answers)} of: one by one without cache, one by one with cache, in batches with cache.
+@torch.inference_mode()
+def time_decoding(ways, batches, device):
+    """(list of dicts, {name: answers to each batch}) of {name: function of prompts}, by turns over batches of prompts.
 
-    In each turn the first two decode their share of the first `--rows` prompts, the third decodes all prompts.
+    A way may answer fewer prompts, the first of each batch. Its text is compared with that of the first way.
     """
-    few, answers = prompts[: args.rows], {}
+    answers = {name: {} for name in ways}
 
-    def batched(chosen, size):
-        made = generate.in_batches(decoder, chosen, stop, args.new_tokens, size)
-        return [answer.ids for _, answer in sorted(made)]
+    def decode(number, name):
+        answers[name][number] = ways[name](batches[number] if number >= 0 else batches[0][:2])
 
-    def turn(number, name, decode, chosen):
-        found = decode(prompts[:2] if number < 0 else chosen[number])
-        answers[name] = answers.get(name, []) + (found if number >= 0 else [])
-
-    shares = [few[i * len(few) // turns : (i + 1) * len(few) // turns] for i in range(turns)]
-    stages = {
-        "one by one, no cache": (lambda p: [one_by_one(decoder, ids, stop, args.new_tokens) for ids in p], shares),
-        "one by one, cached": (lambda p: batched(p, 1), shares),
-        "batched, cached": (lambda p: batched(p, args.decode_batch), [prompts] * turns),
-    }
-    forms = {name: partial(turn, name=name, decode=decode, chosen=chosen) for name, (decode, chosen) in stages.items()}
-    with torch.inference_mode():
-        seconds = take_turns(forms, turns, decoder.embed.weight.device, warm_up=1)
-    return {name: (sum(seconds[name]) / len(answers[name]), answers[name]) for name in stages}
+    seconds = take_turns({name: partial(decode, name=name) for name in ways}, len(batches), device, warm_up=1)
+    answers, found = {name: [made[i] for i in range(len(batches))] for name, made in answers.items()}, []
+    for name, made in answers.items():
+        same = [a == b for pair in zip(made, answers[next(iter(ways))], strict=True) for a, b in zip(*pair)]  # noqa: B905
+        found.append({"form": name, "rows_per_s": sum(map(len, made)) / sum(seconds[name]),
+                      "same_text": sum(same) / len(same)})
+    return found, answers
 
 
 # ---- what people read
 
 
 def tables(found):
-    """Markdown of what a JSON file of this script or of peers holds: what it is about, steps, decoding."""
-    steps = [["", "dtype", "ms", f"time / {found['base']}", "examples/s", "GFLOP", "of the ceiling", "padding", "MiB"]]
+    """Markdown of the JSON that this script or peers writes: what it is about, steps, decoding."""
     base = {row["dtype"]: row["seconds"] for row in found["steps"] if row["form"] == found["base"]}
+    compared = f"time / {found['base']}"
+    steps = [["step", "dtype", "ms", compared, "examples/s", "GFLOP", "of the ceiling", "padding", "peak MiB"]]
     for row in found["steps"]:
-        steps.append([
-            row["form"], row["dtype"], f"{row['seconds'] * 1e3:.1f}", f"{row['seconds'] / base[row['dtype']]:.2f}",
-            f"{found['batch_size'] / row['seconds']:.1f}", f"{row['flops'] / 1e9:.2f}",
-            f"{row['share_of_ceiling']:.0%}", f"{row['padding']:.0%}", f"{row['mib']:.0f}"])
-    slower = [row for row in found["decoding"][:-1]]
+        speed = row["flops"] / row["seconds"]
+        steps.append([row["form"], row["dtype"], f"{row['seconds'] * 1e3:.1f}",
+                      f"{row['seconds'] / base[row['dtype']]:.2f}", f"{found['batch_size'] / row['seconds']:.1f}",
+                      f"{row['flops'] / 1e9:.2f}", f"{speed / row['ceiling']:.0%}", f"{row['padding']:.0%}",
+                      f"{row['mib']:.0f}"])
+    slower = found["decoding"][:-1]
     decoding = [["decoding", "rows/s", *(f"x {row['form']}" for row in slower), "same text"]]
     for row in found["decoding"]:
         ratios = [f"{row['rows_per_s'] / other['rows_per_s']:.1f}" for other in slower]
         decoding.append([row["form"], f"{row['rows_per_s']:.1f}", *ratios, f"{row['same_text']:.1%}"])
-    ceilings = {row["dtype"]: f"{row['ceiling'] / 1e9:.0f} GFLOP/s" for row in found["steps"]}
-    about = f"{found['about']}; ceiling " + ", ".join(f"{speed} in {dtype}" for dtype, speed in ceilings.items())
-    return [about, "", *markdown(steps), "", *markdown(decoding)]
+    ceilings = {row["dtype"]: f"{row['ceiling'] / 1e9:.0f} GFLOP/s in {row['dtype']}" for row in found["steps"]}
+    return [f"{found['about']}; the ceiling is {', '.join(ceilings.values())}.", "", *markdown(steps), "",
+            *markdown(decoding)]
 
 
-def flags(doc):
+def machine():
+    """What the figures of a file were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
+
+
+# ---- the commands
+
+
+def flags(doc, **defaults):
     """The parser of the flags that this script and peers share."""
-    p = cli.parser(doc)
-    here, count = Path(os.path.relpath(Path(__file__).parent.parent / "datasets")), cli.whole(1)
-    add = p.add_argument
+    p, count = cli.parser(doc), cli.whole(1)
+    add, shipped = p.add_argument, Path(os.path.relpath(Path(__file__).parent.parent / "datasets" / "synth_test.jsonl"))
     add("--init", help="Hugging Face folder or repo id; default: a small model with random weights")
     add("--tokenizer", help="default: what --init comes with, synth for the small model")
-    add("--data", type=Path, default=here / "synth_test.jsonl", help="JSONL of conversations")
+    add("--data", type=Path, default=shipped, help="JSONL of conversations")
     add("--k", type=cli.whole(0), default=1, help="number of [PRED] tokens")
     add("--batch_size", type=count, default=32, help="examples per training step")
     add("--steps", type=count, default=30, help="timed steps of each kind")
     add("--decode_batch", type=count, default=128, help="prompts per batch of batched decoding")
-    add("--decode_rows", type=count, default=1000, help="rows that are decoded in batches")
+    add("--decode_rows", type=count, default=1024, help="rows that are decoded in batches")
     add("--new_tokens", type=count, default=32, help="budget of an answer")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--json", type=Path, metavar="FILE", help="write what was found there, too")
+    p.set_defaults(**defaults)
     return p
 
 
 def open_model(args):
-    """(LLMJEPA, tokenizer, examples) that the flags name; random weights, if they name none, are those of seed 0."""
+    """(LLMJEPA, examples, batches of prompts, id of the stop token) that the flags name; without --init, of seed 0."""
     torch.manual_seed(0)
     tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")
     tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)
     decoder = weights.load(weights.fetch(args.init)) if args.init else Decoder(tiny)
-    model = LLMJEPA(decoder, args.k).to(hardware(args.device)[0])
     _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
         raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
-    return model, tokenizer, examples
+    prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
+    by_length, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), args.decode_batch
+    batches = [[prompts[i] for i in sorted(by_length[at : at + size])] for at in range(0, len(prompts), size)]
+    return LLMJEPA(decoder, args.k).to(hardware(args.device)[0]), examples, batches, tokenizer.stop
 
 
-def make_forms(args, key):
-    """The `Form` of this (kind, dtype), its model freshly opened."""
-    model, _, examples = open_model(args)
-    return our_forms(model.train(), examples, args, key[1])
+def make_forms(args, name):
+    """The forms among which `name` is, their model freshly opened."""
+    model, examples, *_ = open_model(args)
+    return our_forms(model, examples, args)
 
 
-def finish(args, model, steps, decoding, **more):
-    """Print what was found and write it where the flags say."""
+def answers_of(decoder, stop, args, prompts):
+    return [answer.ids for answer in generate.greedy(decoder, prompts, stop, args.new_tokens)]
+
+
+def measure(args, model, forms, make_forms, decoding, **more):
+    """Time the forms, take their memory, print what was found and write it where the flags say."""
+    device = model.pred.device
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    command = shlex.join(["python", "-m", f"experiments.{Path(words[0]).stem}", *words[1:]])
     about = (f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.data.name}, batch {args.batch_size}, "
-             f"k = {args.k}, {model.pred.device.type}, {torch.get_num_threads()} threads")
-    found = {"command": shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-             "about": about, "batch_size": args.batch_size, **more, "machine": machine(), "steps": steps,
-             "decoding": decoding}
+             f"k = {args.k}, {device.type}, {torch.get_num_threads()} threads")
+    steps = time_steps(forms, model.decoder.config, args.steps, device)
+    for row in steps:
+        row["mib"] = in_fresh_process(memory_of_steps, make_forms, args, row["form"], row["dtype"])
+    found = {"command": command, "about": about, "batch_size": args.batch_size, **more, "machine": machine(),
+             "steps": steps, "decoding": decoding}
     print("\n".join(tables(found)))
     if args.json:
         cli.write_json(args.json, found)
@@ -303,31 +290,16 @@ def finish(args, model, steps, decoding, **more):
 
 def main():
     p = flags(__doc__)
-    p.add_argument("--rows", type=cli.whole(1), default=32, help="rows that are decoded one by one")
+    p.add_argument("--rows", type=cli.whole(1), default=4, help="rows of each batch that are decoded one by one")
     args = p.parse_args()
-    model, tokenizer, examples = open_model(args)
-    device = model.pred.device
-    prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
-    decoded = time_decoding(model.decoder.eval(), prompts, tokenizer.stop, args)
-    naive = decoded["one by one, no cache"][1]
-    decoding = [{"form": name, "rows_per_s": 1 / seconds,
-                 "same_text": sum(a == b for a, b in zip(answers, naive, strict=False)) / len(naive)}
-                for name, (seconds, answers) in decoded.items()]
-    forms = {}
-    for dtype in dtypes(device):
-        forms |= our_forms(model.train(), examples, args, dtype)
-    steps = time_forms(forms, model.decoder.config, args.steps, device)
-    for row in steps:
-        row["mib"] = in_fresh_process(memory_of_steps, make_forms, args, (row["form"], row["dtype"]))
-    finish(args, model, steps, decoding, base="plain fine-tuning")
-
-
-def dtypes(device):
-    """The types that are fast here; says so where bfloat16 is not."""
-    if has_bfloat16(device):
-        return ["float32", "bfloat16"]
-    print(f"bfloat16 is left out: this {device.type} is not faster in it", file=sys.stderr)
-    return ["float32"]
+    model, examples, batches, stop = open_model(args)
+    batched = partial(answers_of, model.decoder, stop, args)
+    decoding, _ = time_decoding({
+        "one by one, no cache": lambda prompts: [one_by_one(model.decoder, prompt, stop, args.new_tokens)
+                                                 for prompt in prompts[: args.rows]],
+        "one by one, cached": lambda prompts: [batched([prompt])[0] for prompt in prompts[: args.rows]],
+        "batched, cached": batched}, batches, model.pred.device)
+    measure(args, model, our_forms(model, examples, args), make_forms, decoding, base="plain fine-tuning")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Run a named grid of grids.json: arms x seeds, each cell a call of train.py and one of eval.py as they are.
 
     python -m experiments.sweep pilot --list                 # the cells and how far they are
-    python -m experiments.sweep pilot --jobs 2               # what is not done yet; two at once, each on half the cores
-    python -m experiments.sweep pilot --only lam0 cosine     # two of its arms
+    python -m experiments.sweep pilot --jobs 2               # what is not done yet; two at once, on half the cores each
+    python -m experiments.sweep pilot --only lam0 cosine-k1  # two of its arms
 
 A cell that is done is one file, experiments/results/NAME/ARM-seedN.json, and holds the commands that repeat it. After
 Ctrl-C or a crash, the same call goes on: a training from its last checkpoint, an evaluation from its last answer. Run
-folders go to runs/sweep/. Then: python -m experiments.report NAME
+folders and logs go to runs/sweep/. Then: python -m experiments.report NAME
 """
 
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -30,7 +31,6 @@ from support.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, RESULTS, TRAIN_ROWS = Path("runs/sweep"), Path("experiments/results"), Path("datasets/synth_train.jsonl")
-
 GRIDS = cli.read_json(ROOT / "experiments" / "grids.json")  # rows: how many shipped ones; keep: the weights, too?
 
 
@@ -39,6 +39,7 @@ class Cell(NamedTuple):
     arm: str
     seed: int
     folder: Path  # of the run
+    log: Path  # what its commands printed, each between "$ command" and "= stage seconds, exit code"
     result: Path  # the JSON file
     commands: dict  # {"data", "train", "eval": what one would type in the root of the repository}
 
@@ -57,30 +58,24 @@ def cells(grid_name, only=()):
                 "eval": f"python eval.py {folder} {grid['eval']}",
             }
             if not only or arm in only:
-                made.append(Cell(name, arm, seed, ROOT / folder, ROOT / RESULTS / grid_name / f"{name}.json", commands))
+                made.append(Cell(name, arm, seed, ROOT / folder, ROOT / f"{folder}.log",
+                                 ROOT / RESULTS / grid_name / f"{name}.json", commands))
     return made
-
-
-def beside(cell, ending):
-    """A file next to the run folder: what the cell printed, how far it is."""
-    return cell.folder.with_name(cell.name + ending)
-
-
-def parts_of(cell):
-    """What was run of a cell that is not done: [{"stage", "seconds", "exit"}, ...]; None if it was not begun."""
-    path = beside(cell, ".parts.json")
-    found = cli.read_json(path) if path.exists() else {}
-    return found["parts"] if found.get("commands") == cell.commands else None
 
 
 def state(cell):
     """"done", "done with other commands", "begun" or "not run"."""
     if cell.result.exists():
         return "done" if cli.read_json(cell.result)["commands"] == cell.commands else "done with other commands"
-    return "not run" if parts_of(cell) is None else "begun"
+    begun = cell.log.exists() and logged(cell).startswith(f"$ {cell.commands['train']}\n")
+    return "begun" if begun else "not run"
 
 
-# ---- running
+def logged(cell):
+    return cell.log.read_text(encoding="utf-8", errors="replace")
+
+
+# ---- one cell
 
 
 class Jobs:
@@ -113,73 +108,68 @@ def run_cell(cell, jobs, keep):
 
     The log is locked as long as this process or the one it started lives, so that no two work on the same cell.
     """
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside(cell, ".log"), "a", encoding="utf-8") as log:
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(cell.log, "a", encoding="utf-8") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return "is being run by another process"
-        if cell.result.exists():  # made by another process since we looked
-            return None
-        parts = parts_of(cell)
-        if parts is None:
+        if state(cell) == "not run":
+            log.truncate(0)
             shutil.rmtree(cell.folder, ignore_errors=True)
-            parts = note(cell, [])
         for stage in ("train", "eval"):
-            if any(part["stage"] == stage and part["exit"] == 0 for part in parts):
-                continue
-            words, began = shlex.split(cell.commands[stage]), time.time()
+            if cell.result.exists() or re.search(f"^= {stage} .* exit 0$", logged(cell), re.MULTILINE):
+                continue  # the first: made by another process since we looked
+            command, began = cell.commands[stage], time.time()
             if stage == "train" and any((cell.folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
-                words = ["python", "train.py", "--resume", str(cell.folder)]
+                command = f"python train.py --resume {cell.folder.relative_to(ROOT)}"
             elif stage == "train":
                 shutil.rmtree(cell.folder, ignore_errors=True)  # stopped before its first checkpoint
-            code = jobs.call(words, log)
-            parts = note(cell, [*parts, {"stage": stage, "seconds": round(time.time() - began, 1), "exit": code}])
+            print(f"$ {command}", file=log, flush=True)
+            code = jobs.call(shlex.split(command), log)
+            print(f"\n= {stage} {time.time() - began:.1f} s, exit {code}", file=log, flush=True)
             if code:
-                return f"{stage}.py ended with exit code {code}; see {RUNS}/{cell.folder.parent.name}/{cell.name}.log"
-        cli.write(cell.result, portable(json.dumps(collect(cell, parts, jobs.threads), indent=1) + "\n"))
+                return f"{stage}.py ended with exit code {code}; see {cell.log.relative_to(ROOT)}"
+        if not cell.result.exists():
+            cli.write(cell.result, portable(json.dumps(collect(cell, jobs.threads), indent=1) + "\n"))
         for part in ("checkpoint", *(() if keep else ("best",))):
             shutil.rmtree(cell.folder / part, ignore_errors=True)
     return None
 
 
-def note(cell, parts):
-    cli.write_json(beside(cell, ".parts.json"), {"commands": cell.commands, "parts": parts})
-    return parts
-
-
-def collect(cell, parts, threads):
-    """What the JSON of a cell holds."""
+def collect(cell, threads):
+    """What the JSON of a cell holds. attempts: calls of train.py and eval.py, more than 2 if some were stopped."""
     config, metrics = (cli.read_json(cell.folder / name) for name in ("config.json", "metrics.json"))
-    lines = {name: (cell.folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-             for name in ("log", "predictions")}
-    rows = [json.loads(line) for line in lines["predictions"]]
+    log, rows = ([json.loads(line) for line in (cell.folder / name).read_text(encoding="utf-8").split("\n")[:-1]]
+                 for name in ("log.jsonl", "predictions.jsonl"))
     code = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    times = re.findall(r"^= (\w+) (\S+) s, exit", logged(cell), re.MULTILINE)
     return {
         "arm": cell.arm, "seed": cell.seed, "commands": cell.commands, "settings": config["arguments"],
         "sha256": config["sha256"], "versions": config["versions"] | {"code": code.stdout.strip()},
-        "hardware": machine() | {"threads": threads},
-        "seconds": {stage: round(sum(part["seconds"] for part in parts if part["stage"] == stage), 1)
+        "hardware": machine() | {"threads": threads}, "attempts": len(times),
+        "seconds": {stage: round(sum(float(seconds) for name, seconds in times if name == stage), 1)
                     for stage in ("train", "eval")},
-        "parts": len(parts), "metrics": metrics,
-        "validation": [line for line in map(json.loads, lines["log"]) if "val_lm" in line],
+        "metrics": metrics, "validation": [line for line in log if "val_lm" in line],
         "correct": "".join(str(int(row["exact"])) for row in rows),
     }
 
 
 def portable(text):
     """The text of a JSON file without this machine's folders."""
-    text = text.replace(f"{ROOT}/", "")
-    folder = os.environ.get("LLMJEPA_SMOLLM2")
+    text, folder = text.replace(f"{ROOT}/", ""), os.environ.get("LLMJEPA_SMOLLM2")
     return text.replace(str(Path(folder).resolve()), "$LLMJEPA_SMOLLM2") if folder else text
 
 
-def run_all(todo, count, grid):
+# ---- all cells
+
+
+def run_all(todo, count, keep):
     """Run cells, `count` at a time. Returns how many did not come to their end."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs, failed = Jobs(max(1, cores // count)), 0
     with ThreadPoolExecutor(count) as pool, tqdm(total=len(todo), unit="cell", smoothing=0) as bar:
-        waiting = {pool.submit(run_cell, cell, jobs, grid["keep"]): cell for cell in todo}
+        waiting = {pool.submit(run_cell, cell, jobs, keep): cell for cell in todo}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=1 if sys.stderr.isatty() else 60, return_when=FIRST_COMPLETED)
@@ -201,7 +191,7 @@ def main():
     p.add_argument("name", choices=GRIDS, help="the grid")
     p.add_argument("--only", nargs="+", default=[], metavar="ARM", help="only these arms")
     p.add_argument("--jobs", type=cli.whole(1), default=1, help="cells at a time; each gets its share of the cores")
-    p.add_argument("--list", action="store_true", help="only say which cells are done, and how the others are run")
+    p.add_argument("--list", action="store_true", help="only say which cells are done, and how they are run")
     args = p.parse_args()
     grid = GRIDS[args.name]
     for arm in args.only:
@@ -209,19 +199,17 @@ def main():
             raise UserError(f"--only {arm}: {args.name} has the arms {', '.join(grid['arms'])}")
     states = [(cell, state(cell)) for cell in cells(args.name, args.only)]
     if args.list:
-        print(grid["about"])
-        for cell, found in states:
-            print(f"{cell.name:32s} {found:24s} {cell.commands['train']}")
-        return
+        lines = [f"{cell.name:32s} {found:24s} {cell.commands['train']}" for cell, found in states]
+        return print("\n".join([grid["about"], *lines]))
     for cell, found in states:
         if found == "done with other commands":
             raise UserError(f"{cell.result}: was made by other commands than the grid's; delete it to run it again")
     if "$LLMJEPA_SMOLLM2" in grid["train"] and not Path(os.environ.get("LLMJEPA_SMOLLM2", "")).is_absolute():
         raise UserError("set LLMJEPA_SMOLLM2 to the (absolute) folder of SmolLM2-135M-Instruct, which this grid trains")
-    shipped = (ROOT / TRAIN_ROWS).read_bytes().split(b"\n")[: grid["rows"]]
-    cli.write(ROOT / RUNS / f"first-{grid['rows']}.jsonl", (b"\n".join(shipped) + b"\n").decode())
+    shipped = (ROOT / TRAIN_ROWS).read_text(encoding="utf-8").splitlines(keepends=True)
+    cli.write(ROOT / RUNS / f"first-{grid['rows']}.jsonl", "".join(shipped[: grid["rows"]]))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = run_all([cell for cell, found in states if found != "done"], args.jobs, grid)
+    failed = run_all([cell for cell, found in states if found != "done"], args.jobs, grid["keep"])
     if failed:
         raise cli.Stopped(f"{failed} cells did not come to their end; the same command goes on with them")
     print(f"python -m experiments.report {args.name}")

@@ -70,15 +70,15 @@ def seen(cell):
 
 
 def test_every_cell_is_run_once(place, monkeypatch):
-    grid = toy(monkeypatch, {"a": "--lam 0", "b": "--lam 2"}, seeds=2)
+    toy(monkeypatch, {"a": "--lam 0", "b": "--lam 2"}, seeds=2)
     todo = sweep.cells("toy")
     assert [cell.name for cell in todo] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
     assert {sweep.state(cell) for cell in todo} == {"not run"}
-    assert sweep.run_all(todo, 2, grid) == 0 and sweep.run_all(todo, 2, grid) == 0
+    assert sweep.run_all(todo, 2, True) == 0 and sweep.run_all(todo, 2, True) == 0
     for cell in todo:
         made = json.loads(cell.result.read_text())
         assert sweep.state(cell) == "done" and seen(cell) == ["anew"]
-        assert made["commands"] == cell.commands and made["correct"] == "101" and made["parts"] == 2
+        assert made["commands"] == cell.commands and made["correct"] == "101" and made["attempts"] == 2
         assert made["validation"] == [{"step": 1, "val_lm": 0.5}] and made["hardware"]["threads"] >= 1
         assert str(place) not in cell.result.read_text()
         assert (cell.folder / "best").exists() and not (cell.folder / "checkpoint").exists()
@@ -91,32 +91,32 @@ def test_the_arms_that_are_named(place, monkeypatch):
 
 @pytest.mark.parametrize("flag, starts", [("--die", ["anew", "resumed"]), ("--no_checkpoint", ["anew"])])
 def test_a_training_that_died_goes_on_from_its_checkpoint_or_is_run_again(place, monkeypatch, flag, starts):
-    grid = toy(monkeypatch, {"a": flag})
+    toy(monkeypatch, {"a": flag})
     cell, = sweep.cells("toy")
-    assert sweep.run_all([cell], 1, grid) == 1 and not cell.result.exists() and sweep.state(cell) == "begun"
-    assert sweep.run_all([cell], 1, grid) == 0 and sweep.state(cell) == "done" and seen(cell) == starts
-    assert json.loads(cell.result.read_text())["parts"] == 3
+    assert sweep.run_all([cell], 1, True) == 1 and not cell.result.exists() and sweep.state(cell) == "begun"
+    assert sweep.run_all([cell], 1, True) == 0 and sweep.state(cell) == "done" and seen(cell) == starts
+    assert json.loads(cell.result.read_text())["attempts"] == 3
 
 
 def test_an_evaluation_that_died_does_not_repeat_the_training(place, monkeypatch, capsys):
-    grid = toy(monkeypatch, {"a": ""}, on_eval="--die")
+    toy(monkeypatch, {"a": ""}, on_eval="--die")
     cell, = sweep.cells("toy")
-    assert sweep.run_all([cell], 1, grid) == 1
+    assert sweep.run_all([cell], 1, True) == 1
     assert "a-seed0: eval.py ended with exit code 7; see runs/sweep/toy/a-seed0.log" in capsys.readouterr().out
-    assert sweep.run_all([cell], 1, grid) == 0 and seen(cell) == ["anew"]
+    assert sweep.run_all([cell], 1, True) == 0 and seen(cell) == ["anew"]
 
 
 def test_what_was_begun_by_other_commands_is_run_again(place, monkeypatch):
-    grid = toy(monkeypatch, {"a": "--die"})
-    sweep.run_all(sweep.cells("toy"), 1, grid)
-    grid = toy(monkeypatch, {"a": ""})
+    toy(monkeypatch, {"a": "--die"})
+    sweep.run_all(sweep.cells("toy"), 1, True)
+    toy(monkeypatch, {"a": ""})
     cell, = sweep.cells("toy")
-    assert sweep.state(cell) == "not run" and sweep.run_all([cell], 1, grid) == 0 and seen(cell) == ["anew"]
+    assert sweep.state(cell) == "not run" and sweep.run_all([cell], 1, True) == 0 and seen(cell) == ["anew"]
 
 
 def test_a_result_of_other_commands_is_not_taken_for_this_one(place, monkeypatch):
-    grid = toy(monkeypatch, {"a": ""})
-    sweep.run_all(sweep.cells("toy"), 1, grid)
+    toy(monkeypatch, {"a": ""})
+    sweep.run_all(sweep.cells("toy"), 1, True)
     toy(monkeypatch, {"a": "--lam 3"})
     monkeypatch.setattr(sys, "argv", ["sweep", "toy"])
     with pytest.raises(UserError, match="a-seed0.json: was made by other commands"):
@@ -124,13 +124,13 @@ def test_a_result_of_other_commands_is_not_taken_for_this_one(place, monkeypatch
 
 
 def test_no_two_processes_work_on_one_cell(place, monkeypatch):
-    grid = toy(monkeypatch, {"a": ""})
+    toy(monkeypatch, {"a": ""})
     cell, = sweep.cells("toy")
     cell.folder.parent.mkdir(parents=True)
-    with open(sweep.beside(cell, ".log"), "a") as log:
+    with open(cell.log, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         assert sweep.run_cell(cell, sweep.Jobs(1), True) == "is being run by another process"
-    assert sweep.run_all([cell], 1, grid) == 0
+    assert sweep.run_all([cell], 1, True) == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -158,5 +158,5 @@ def test_a_sweep_that_is_stopped_goes_on(place, monkeypatch, how):
     else:
         assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
     assert [sweep.state(cell) for cell in todo] == ["begun", "begun"]
-    assert sweep.run_all(todo, 2, grid) == 0
+    assert sweep.run_all(todo, 2, True) == 0
     assert [seen(cell) for cell in todo] == [["anew", "resumed"]] * 2

@@ -1,0 +1,194 @@
+"""Write the tables of experiments/README.md and draw the pictures of grids, from experiments/results and nothing else.
+
+    python -m experiments.report pilot       # a grid of sweep, or a JSON file of bench or peers: its name without .json
+    python -m experiments.report             # everything that README.md has a place for: <!-- NAME --> ... <!-- end -->
+
+An interval is over seeds (95 %, Student's t). A p value is over rows: the arm's right answers, averaged over its seeds,
+against those of lam 0 on the same rows, with signs flipped at random; Holm's correction is over the arms of the table.
+"""
+
+import math
+import re
+from statistics import mean, stdev
+
+import numpy as np
+
+from evaluation.report import markdown
+from experiments import bench
+from experiments.sweep import GRIDS, RESULTS, ROOT
+from support import cli
+from support.cli import UserError
+
+README = ROOT / "experiments" / "README.md"
+T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # two-sided, by degrees of freedom
+
+
+# ---- statistics
+
+
+def interval(values):
+    """(mean, half the width of its 95 % interval); the latter is NaN for a single value."""
+    return mean(values), T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if values[1:] else math.nan
+
+
+def flip_test(differences, seed=0, draws=100_000):
+    """Two-sided p of a mean of zero: the share of random signs of the rows' differences that take it as far from zero.
+
+    Rows that differ by the same amount are drawn together, as one binomial number.
+    """
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    heads = np.random.default_rng(seed).binomial(counts, 0.5, size=(draws, len(counts)))
+    as_far = np.abs((2 * heads - counts) @ sizes) >= abs(sum(differences)) - 1e-9
+    return float((1 + as_far.sum()) / (1 + draws))
+
+
+def holm(p_values):
+    """Each p value corrected for the number of tests (Holm 1979): below 0.05, its test is significant among all."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+# ---- grids
+
+
+def read_grid(name):
+    """{arm: {seed: what sweep wrote}} for every arm of a grid; an arm that was not run has no seeds."""
+    found = {arm: {} for arm in GRIDS[name]["arms"]}
+    for path in sorted((ROOT / RESULTS / name).glob("*.json")):
+        cell = cli.read_json(path)
+        if cell["arm"] in found:
+            found[cell["arm"]][cell["seed"]] = cell
+    return found
+
+
+def value(cell, metric):
+    """A rate of metrics.json, or a figure about the encodings; None if this evaluation did not give it."""
+    rates, figures = cell["metrics"]["rates"], cell["metrics"].get("representation", {})
+    return rates[metric]["value"] if metric in rates else figures.get(metric)
+
+
+def average(cells, metric, form):
+    """The mean over seeds as text; with an interval where `form` has a second place."""
+    values = [value(cell, metric) for cell in cells.values()]
+    if not values or None in values:
+        return "-"
+    middle, half = interval(values)
+    return form.format(middle, half) if half == half else form.split(" +-")[0].format(middle)
+
+
+def base_of(arm, arms):
+    """The arm that this one is compared with: lam0 under the same settings."""
+    return next(base for base in arms if base.endswith("lam0") and arm.startswith(base.removesuffix("lam0")))
+
+
+def compare(cells, base):
+    """(differences in exact match, one per seed; p over rows) of two arms, over the seeds that both have."""
+    seeds = sorted(cells.keys() & base.keys())
+    by_seed = [value(cells[seed], "exact") - value(base[seed], "exact") for seed in seeds]
+    right = [np.mean([[int(c) for c in side[seed]["correct"]] for seed in seeds], axis=0) for side in (cells, base)]
+    return by_seed, flip_test(right[0] - right[1])
+
+
+COLUMNS = {  # heading: ((metric, form), ...)
+    "exact match": (("exact", "{:.2%} +- {:.2%}"),),
+    "same language": (("same_language", "{:.2%}"),),
+    "stop rate": (("stopped", "{:.1%}"),),
+    "cosine of pairs / shuffled": (("cosine_aligned", "{:.3f}"), ("cosine_shuffled", "{:.3f}")),
+    "retrieval@1": (("retrieval_at_1_text_to_code", "{:.1%} +- {:.1%}"),),
+    "recall@10": (("recall_at_10_text_to_code", "{:.1%}"),),
+    "candidates": (("n", "{:,.0f}"),),
+    "rank of predictions / Codes": (("effective_rank_pred", "{:.1f}"), ("effective_rank_code", "{:.1f}")),
+}
+
+
+def grid_table(name):
+    """Lines of Markdown: how the grid was run, and a row for each arm."""
+    found = read_grid(name)
+    tests = {arm: compare(cells, found[base]) for arm, cells in found.items()
+             if (base := base_of(arm, found)) != arm and cells.keys() & found[base].keys()}
+    corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
+    first, *rest = COLUMNS
+    table = [["arm", "seeds", first, "minus lam 0 (points)", "p", *rest]]
+    for arm, cells in found.items():
+        texts = [" / ".join(average(cells, *metric) for metric in metrics) for metrics in COLUMNS.values()]
+        against = ["-", "-"]
+        if arm in tests:
+            middle, half = interval([100 * difference for difference in tests[arm][0]])
+            against = [f"{middle:+.2f}" + (f" +- {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
+        row = [str(len(cells)), texts[0], *against, *texts[1:]]
+        table.append([arm, *row] if cells else [arm, "not run", *["-"] * (len(row) - 1)])
+    return [*conditions(name, found), "", *markdown(table)]
+
+
+def conditions(name, found):
+    """On what, how long and by which versions the cells of a grid were run."""
+    cells = [cell for seeds in found.values() for cell in seeds.values()]
+    many = lambda values: ", ".join(sorted(set(values)))  # noqa: E731
+    hours = sum(sum(cell["seconds"].values()) for cell in cells) / 3600
+    wanted = len(found) * GRIDS[name]["seeds"]
+    machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells) or "-"
+    threads = many(str(cell["hardware"]["threads"]) for cell in cells) or "-"
+    return [f"`python -m experiments.sweep {name}`: {len(cells)} of {wanted} cells, {hours:.1f} hours in all, threads "
+            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells) or '-'}."]
+
+
+def draw_grid(name, path):
+    """Exact match against retrieval@1: a point for each arm, a small one for each seed."""
+    from evaluation import plots
+
+    figure, axis = plots.plt.subplots(figsize=(8, 5.5), layout="constrained")
+    arms = {arm: cells for arm, cells in read_grid(name).items() if cells}
+    for number, (arm, cells) in enumerate(arms.items()):
+        points = np.array([[100 * value(cell, metric) for metric in ("retrieval_at_1_text_to_code", "exact")]
+                           for cell in cells.values()])
+        look = {"color": plots.COLOURS[number % 7], "marker": "osD^v"[number // 7]}
+        axis.scatter(*points.T, s=16, alpha=0.5, **look)
+        axis.scatter(*points.mean(axis=0), s=90, edgecolors="black", label=f"{arm} ({len(cells)})", **look)
+    axis.set(xlabel="retrieval@1, Text to Code (%)", ylabel="exact match (%)", title=f"{name}: {GRIDS[name]['about']}")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title="arm (seeds)")
+    plots.save(figure, path)
+
+
+# ---- README.md
+
+
+def section(name):
+    """The lines that stand in README.md between the marks of this name."""
+    if name in GRIDS:
+        return grid_table(name)
+    found = cli.read_json(ROOT / RESULTS / f"{name}.json")
+    machine = found["machine"]
+    where = f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}"
+    return [f"`{found['command']}`: {where}", "", *bench.tables(found)]
+
+
+def fill(text, name, lines):
+    """The text of README.md with these lines between the marks <!-- name --> and <!-- end -->."""
+    marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not marks.search(text):
+        raise UserError(f"{README}: has no place for it; write <!-- {name} --> and <!-- end --> on lines of their own")
+    return marks.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], text)
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("names", nargs="*", metavar="NAME", help="a grid, or a JSON file; default: all in README.md")
+    args, text = p.parse_args(), README.read_text(encoding="utf-8")
+    known = [*GRIDS, *sorted(path.stem for path in (ROOT / RESULTS).glob("*.json"))]
+    for name in args.names or re.findall(r"<!-- (?!end)(\S+) -->", text):
+        if name not in known:
+            raise UserError(f"{name}: is neither a grid nor a file in {RESULTS}; there are {', '.join(known)}")
+        lines = section(name)
+        text = fill(text, name, lines)
+        print("\n".join([f"## {name}", "", *lines, ""]))
+        if name in GRIDS and any(read_grid(name).values()):
+            draw_grid(name, ROOT / RESULTS / f"{name}.png")
+    cli.write(README, text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
