@@ -59,7 +59,7 @@ the JEPA term asks for one state that resembles another. It can regularise, or t
 usual guards (stop-gradient, moving average, negatives) are absent by design: only the next-token loss stands against
 it. So a small JEPA loss proves nothing. Look at the cosine of *shuffled* pairs, each Text with another row's Code:
 while the encodings tell rows apart, true pairs are closer than shuffled ones; after collapse both are 1. `train.py`
-prints the two side by side. `infonce` below is a distance that collapse does not make small.
+prints the two side by side. `infonce` and `uniform` below are distances that collapse does not make small.
 
 Read next: `model.py`; then `data.py`, whose `collate` builds the `Batch` that this file takes.
 
@@ -142,8 +142,31 @@ def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> ()
     return F.cross_entropy(similarity / temperature, torch.arange(len(text), device=text.device))
 
 
-DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
-IN_BATCH = {"infonce"}  # these compare the rows of a forward pass with each other
+def uniform(text, code):  # (N, C), (N, C) -> ()
+    """Alignment and uniformity (Wang and Isola 2020, arXiv 2005.10242): cosine, plus a penalty on what lies close
+    together on the sphere, log mean exp(-2 |x - y|^2) over different rows x, y: 0 after collapse, at least -4."""
+    apart = [torch.pdist(F.normalize(states, dim=-1)).square() for states in (text, code)]  # (N * (N - 1) / 2,) each
+    return cosine(text, code) + sum((-2 * squares).exp().mean().log() for squares in apart) / 2
+
+
+def sigreg(text, code, directions=256, knots=17):  # (N, C), (N, C) -> ()
+    """cosine, plus the SIGReg of LeJEPA (arXiv 2511.08544, the Epps-Pulley statistic): along random directions, how far
+    is the characteristic function of the states, scaled to length sqrt(C), from that of N(0, I)? 1.05 after collapse,
+    1.05 / N for samples of N(0, I). The directions come from torch's random stream, which checkpoints hold."""
+    t = torch.linspace(0, 3, knots, device=text.device)  # (K,)
+    normal = torch.exp(-t.square() / 2)  # the characteristic function of N(0, 1), and the weight of the integral
+
+    def statistic(states):
+        a = F.normalize(torch.randn(states.shape[1], directions, device=states.device), dim=0)  # (C, A)
+        angle = (F.normalize(states, dim=-1) * states.shape[1] ** 0.5 @ a)[:, :, None] * t  # (N, A, K)
+        error = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()  # (A, K)
+        return 2 * torch.trapezoid(error * normal, t).mean()  # the integrand is even: twice that from 0 on
+
+    return cosine(text, code) + (statistic(text) + statistic(code)) / 2
+
+
+DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce, "uniform": uniform, "sigreg": sigreg}
+IN_BATCH = {"infonce", "uniform", "sigreg"}  # these compare the rows of a forward pass with each other
 
 
 # ---- the model and its loss

@@ -184,6 +184,32 @@ def test_distances_on_vectors_that_one_can_check_by_hand():
     assert_close(jepa.infonce(text, code), -scores.log_softmax(-1).diag().mean())
 
 
+def test_what_collapse_costs_in_the_distances_that_stand_against_it():
+    """uniform: 0 for equal points; for the corners of a square it is written out. sigreg: 1.05 / N for N samples of
+    N(0, I), and 1.05 for equal points, which are one sample of it along each direction."""
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    pairs = [-2 * 2.0] * 4 + [-2 * 4.0] * 2  # squared distances: four sides of 2, two diagonals of 4
+    assert_close(jepa.uniform(square, square), torch.tensor(pairs).exp().mean().log())
+    same = square[:1].expand(4, 2)
+    assert_close(jepa.uniform(same, same), torch.tensor(0.0))
+    torch.manual_seed(0)
+    drawn = [jepa.sigreg(torch.randn(64, 512), torch.randn(64, 512)) - 1 for _ in range(20)]  # cosine is 1 here
+    assert 64 * torch.stack(drawn).mean().item() == pytest.approx(1.05, abs=0.05)
+    point = torch.randn(1, 512).expand(64, 512)
+    assert jepa.sigreg(point, point).item() == pytest.approx(1.05, abs=0.1)
+
+
+@pytest.mark.parametrize("distance", ["infonce", "uniform", "sigreg"])
+def test_collapse_is_not_the_minimum(distance):
+    """Where cosine is satisfied with one point for all, these three prefer pairs that can be told apart."""
+    torch.manual_seed(0)
+    point, apart = torch.randn(1, 64).expand(32, 64), torch.randn(32, 64)
+    assert jepa.cosine(point, point) == pytest.approx(0, abs=1e-6)
+    assert jepa.DISTANCES[distance](apart, apart) < jepa.DISTANCES[distance](point, point) - 0.1
+    shuffled = jepa.DISTANCES[distance](apart, apart.roll(1, 0))
+    assert jepa.DISTANCES[distance](apart, apart) < shuffled - 0.1
+
+
 def test_gamma_weighs_the_next_token_loss(decoder, examples):
     losses = LLMJEPA(decoder, 1)(data.collate(examples, 1), lam=2.0, gamma=0.25)
     assert_close(losses.total, 0.25 * losses.lm + 2.0 * losses.jepa)
