@@ -150,20 +150,19 @@ def check(args):
     for name in ("init", "tokenizer"):  # a run is resumed and evaluated from any folder
         if getattr(args, name) not in runs.NAMES and Path(getattr(args, name)).is_dir():
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
-    if args.d_model % (2 * args.n_head):
-        raise UserError(f"--d_model {args.d_model}: must be an even multiple of --n_head {args.n_head}")
-    if args.distance in IN_BATCH and args.lam > 0 and args.batch_size == 1:
-        raise UserError(f"--distance {args.distance} compares the rows of a batch; give --batch_size 2 or more")
-    if args.front_pred and args.reverse:
-        raise UserError("--front_pred puts [PRED] into Text and --reverse behind Code; choose one")
-    if args.k == 0 and (args.front_pred or args.reverse):
-        raise UserError("--front_pred and --reverse say where [PRED] stands, and --k 0 has none; give --k 1 or more")
-    if args.front_pred and args.layout == "fused":
-        raise UserError("--front_pred cannot be laid out fused, where the answer would see [PRED]; add --layout paper")
-    if args.lora_rank and tiny:
-        raise UserError("--lora_rank adapts a pretrained model; give --init a Hugging Face folder or repo id")
-    if args.shard and (WORLD == 1 or args.lora_rank):
-        raise UserError("--shard divides a whole model among processes; start it with torchrun, without --lora_rank")
+    pred_moved, in_batch = args.front_pred or args.reverse, args.distance in IN_BATCH and args.lam > 0
+    for wrong, message in (
+        (args.d_model % (2 * args.n_head), f"--d_model {args.d_model}: must be an even multiple of --n_head"),
+        (in_batch and args.batch_size == 1, f"--distance {args.distance} compares rows; give --batch_size 2 or more"),
+        (args.front_pred and args.reverse, "--front_pred puts [PRED] into Text and --reverse behind Code; choose one"),
+        (pred_moved and args.k == 0, "--front_pred and --reverse move [PRED], and --k 0 has none; give --k 1 or more"),
+        (args.front_pred and args.layout == "fused", "--front_pred lets a fused answer see [PRED]; add --layout paper"),
+        (args.lora_rank and tiny, "--lora_rank adapts a pretrained model; give --init a folder or repo id"),
+        (args.shard and (WORLD == 1 or args.lora_rank),
+         "--shard divides a whole model among processes; start it with torchrun, without --lora_rank"),
+    ):
+        if wrong:
+            raise UserError(message)
     if args.val is None and args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve():
         args.val = SYNTH / "synth_val.jsonl"
     return args
@@ -415,13 +414,15 @@ def prepare(args):
 
 def check_views(args, examples):
     """Refuse a JEPA term on rows that cannot have one."""
-    if args.lam > 0 and not all(e.code for e in examples):
-        raise UserError(f"{args.data}: has rows of plain text, with no Code to predict; use --lam 0")
-    if args.lam > 0 and args.layout == "fused" and any(e.own_text for e in examples):
-        raise UserError(f"{args.data}: has rows with a text view of their own, which a fused row cannot share with the "
-                        "conversation; use --layout paper")
-    if args.shuffle_pairs and len(examples) < 2:
-        raise UserError(f"{args.data}: --shuffle_pairs needs at least two rows")
+    jepa = args.lam > 0
+    for wrong, message in (
+        (jepa and not all(e.code for e in examples), "has rows of plain text, with no Code to predict; use --lam 0"),
+        (jepa and args.layout == "fused" and any(e.own_text for e in examples),
+         "has rows with a text view of their own, which a fused row cannot share; use --layout paper"),
+        (args.shuffle_pairs and len(examples) < 2, "--shuffle_pairs needs at least two rows"),
+    ):
+        if wrong:
+            raise UserError(f"{args.data}: {message}")
 
 
 def main():
