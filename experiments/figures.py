@@ -1,0 +1,173 @@
+"""Draw the pictures of the READMEs into experiments/figures/, from the code and from committed JSON.
+
+    python -m experiments.figures mask                             # the mask of jepa.py on a toy row: mask.svg
+    python -m experiments.figures curves CELL.json ...             # exact match and cosines over training: curves.png
+    python -m experiments.figures encodings "name=RUN" ... --data FILE   # t-SNE and spectra of models: encodings.png
+
+curves draws the validations of cells of experiments.sweep. encodings keeps what it draws in encodings.json, and without
+RUN draws that file again.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import data
+from evaluation import encodings, plots
+from experiments.sweep import RESULTS, ROOT
+from hf import runs
+from jepa import ANSWER, CODE, PRED, TEXT, mask
+from support import cli
+from support.cli import UserError
+from support.processes import hardware
+
+FIGURES = ROOT / "experiments" / "figures"
+
+# ---- the mask
+
+SEGMENTS = {  # number: (name, colour, what the row of the picture says of it)
+    TEXT: ("TEXT", "#0072B2", "the question"),
+    ANSWER: ("ANSWER", "#009E73", "goes on from TEXT: learns to write the answer and to stop"),
+    PRED: ("PRED", "#D55E00", "goes on from TEXT too: its last state predicts Enc(Code)"),
+    CODE: ("CODE", "#CC79A7", "the answer alone: its last state is Enc(Code)"),
+}
+SIDE, LEFT, TOP, WIDTH = 26, 182, 136, 980  # of a cell; of the first cell; of the picture
+
+
+def toy_row():
+    """(tokens, `jepa.Batch`) of the row that the picture shows."""
+    words = "lines with a dog <answer> d o g <stop>".split()
+    full = list(range(len(words)))
+    example = data.Example(full, [False] * 5 + [True] * 4, 4, text=full[:4], code=full[4:8], answer_start=5)
+    batch = data.collate([example], k=2)
+    return [words[i] if i >= 0 else f"[PRED {-i}]" for i in batch.ids[0].tolist()], batch
+
+
+def mask_svg():
+    """The picture as SVG: a row for each token, a filled cell where it may attend to the token of the column."""
+    tokens, batch = toy_row()
+    allowed, segment, position = mask(batch.segment)[0].tolist(), batch.segment[0].tolist(), batch.position[0].tolist()
+    targets = {column + 1 for _, column in batch.label_at.tolist()}
+    ends = {batch.text_at[0, 1].item(), batch.code_at[0, 1].item()}
+    height, parts = TOP + SIDE * len(tokens) + 62, []
+
+    def text(x, y, words, size=13, fill="#1a1a1a", more=""):
+        words = words.replace("&", "&amp;").replace("<", "&lt;")
+        parts.append(f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" {more}>{words}</text>')
+
+    def box(x, y, width, tall, fill, more=""):
+        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{tall}" fill="{fill}" {more}/>')
+
+    box(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", 'rx="10" stroke="#d0d7de"')
+    for q, token in enumerate(tokens):
+        name, colour, _ = SEGMENTS[segment[q]]
+        x, y, bold = LEFT + SIDE * q, TOP + SIDE * q, 'font-weight="bold" ' * (q in targets)
+        text(LEFT - 44, y + 18, token, fill=colour, more=bold + 'text-anchor="end"')
+        text(LEFT - 12, y + 18, str(position[q]), 12, "#57606a", 'text-anchor="end"')
+        text(0, 0, token, fill=colour, more=bold + f'transform="translate({x + 18} {TOP - 12}) rotate(-55)"')
+        for k, sees in enumerate(allowed[q]):
+            fill = SEGMENTS[segment[k]][1] if sees else "#eef1f4"
+            box(LEFT + SIDE * k + 1, y + 1, SIDE - 2, SIDE - 2, fill, 'rx="3"')
+        if q in ends:
+            parts.append(f'<circle cx="{x + SIDE / 2}" cy="{y + SIDE / 2}" r="6" fill="#ffffff"/>')
+    right = LEFT + SIDE * len(tokens) + 16
+    for number, (name, colour, says) in SEGMENTS.items():
+        first, last = segment.index(number), len(segment) - segment[::-1].index(number)
+        y, tall = TOP + SIDE * first, SIDE * (last - first)
+        box(10, y + 2, 5, tall - 4, colour, 'rx="2"')
+        text(22, y + tall / 2 + 5, name, fill=colour, more='font-weight="bold"')
+        box(right - 8, y + 2, 4, tall - 4, colour, 'rx="2"')
+        text(right + 4, y + tall / 2 + 5, says, 13)
+    text(LEFT - 12, TOP - 12, "position", 12, "#57606a", 'text-anchor="end"')
+    text(22, 32, "Who may attend to whom: a row of the picture is a token that asks, a column one that it sees", 15)
+    text(22, height - 38, "Bold: a token that is to be written. White dots: the two states between which the JEPA loss "
+         "takes 1 - cosine.", 13)
+    text(22, height - 17, "Plain fine-tuning and inference are this picture without PRED and CODE.", 13)
+    style = 'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {style}>',
+                      *parts, "</svg>", ""])
+
+
+# ---- training
+
+
+def draw_curves(cells, path):
+    """Exact match and cosines on the validation rows, over the epochs; a panel for each JSON of a cell."""
+    figure, axes = plots.panels(1, len(cells), figsize=(5 * len(cells), 4), sharey=True, squeeze=False,
+                                layout="constrained")
+    lines = {"val_exact": ("exact match", "-s"), "val_cosine_pairs": ("cosine of pairs", "-o"),
+             "val_cosine_shuffled": ("cosine of shuffled pairs", "--x")}
+    for axis, cell in zip(axes[0], cells, strict=True):
+        for (key, (label, style)), colour in zip(lines.items(), plots.COLOURS, strict=False):
+            points = [(line["epoch"], line[key]) for line in cell["validation"] if key in line]
+            axis.plot(*np.reshape(points, (-1, 2)).T, style, color=colour, markersize=4, label=label)
+        axis.set(xlabel="epoch", title=f"{cell['arm']}, seed {cell['seed']}", ylim=(-0.35, 1.05))
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plots.save(figure, path)
+
+
+# ---- encodings
+
+
+def look(name, run, path, most=400):
+    """What the picture shows of the model in a folder, over the rows of a file: t-SNE, spectrum, cosines."""
+    from sklearn.manifold import TSNE
+
+    opened = runs.open_model(run, hardware()[0])
+    room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
+    _, examples = data.examples_of(data.read(path), opened.tokenizer, room, k)
+    states = encodings.encode(opened.model, examples, 128, **opened.layout)
+    predicted, actual = encodings.sides(states, opened.layout.get("reverse", False)).values()
+    both = encodings.unit(np.concatenate([predicted[:most], actual[:most]]))
+    points = TSNE(perplexity=min(30, len(both) // 4), init="random", random_state=0).fit_transform(both)
+    centred = (predicted - predicted.mean(axis=0)) / np.sqrt(len(predicted))
+    spectrum = np.maximum(np.linalg.svd(centred, compute_uv=False), 1e-9)
+    return {"name": name, "rows": len(examples), "cosines": encodings.cosines(predicted, actual),
+            "points": points.round(2).astype(float).reshape(2, -1, 2).tolist(), "spectrum": spectrum.tolist()}
+
+
+def draw_encodings(models, path):
+    """For each model its t-SNE; beside them the spectra of all."""
+    figure, axes = plots.panels(1, len(models) + 1, figsize=(4.2 * (len(models) + 1), 4.8), layout="constrained")
+    for axis, model in zip(axes, models, strict=False):
+        for points, label, marker, colour in zip(model["points"], ("Pred(Enc(Text))", "Enc(Code)"), "o^",
+                                                 plots.COLOURS, strict=False):
+            axis.scatter(*np.transpose(points), s=8, marker=marker, color=colour, label=label)
+        pairs, shuffled = (model["cosines"][key] for key in ("pairs", "shuffled"))
+        axis.set(xticks=[], yticks=[], title=f"{model['name']}\ncosine of pairs {pairs:.2f}, shuffled {shuffled:.2f}")
+    for model, colour in zip(models, plots.COLOURS[2:], strict=False):
+        axes[-1].plot(model["spectrum"], color=colour, label=model["name"])
+    axes[-1].set(xlabel="index", yscale="log", title="singular values of predictions")
+    axes[-1].grid(alpha=0.3)
+    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    plots.save(figure, path)
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("what", choices=["mask", "curves", "encodings"], help="which picture")
+    p.add_argument("sources", nargs="*", metavar="SOURCE", help="cells, or models as name=FOLDER")
+    p.add_argument("--data", type=Path, default=ROOT / "datasets" / "synth_test.jsonl", help="rows to encode")
+    args = p.parse_args()
+    kept = FIGURES / "encodings.json"
+    if args.what == "mask":
+        cli.write(FIGURES / "mask.svg", mask_svg())
+    elif args.what == "curves":
+        if not args.sources:
+            raise UserError(f"curves: name the JSON files of cells, {RESULTS}/GRID/ARM-seedN.json")
+        draw_curves([cli.read_json(path) for path in args.sources], FIGURES / "curves.png")
+    else:
+        if any("=" not in source for source in args.sources) or not (args.sources or kept.exists()):
+            raise UserError("encodings: name the models, as in before=FOLDER after=RUN")
+        if args.sources:
+            models = [look(*source.split("=", 1), args.data) for source in args.sources]
+            cli.write(kept, json.dumps({"models": models}) + "\n")
+        draw_encodings(cli.read_json(kept)["models"], FIGURES / "encodings.png")
+    print(f"experiments/figures/{args.what}.{'svg' if args.what == 'mask' else 'png'} is drawn")
+
+
+if __name__ == "__main__":
+    cli.run(main)
