@@ -1,15 +1,15 @@
 """Everything that knows Hugging Face's formats. `tokenizer` is its front door for text, `hf.weights` for models."""
 
-import data
-
 
 def tokenizer(name_or_folder):
     """The `data.Tokenizer` called "synth" or "gpt2", or that of a Hugging Face folder or repo id.
 
     Raises UserError where there is none.
     """
+    import data  # in here, because `python -m hf.templates` starts in a tenth of a second without torch
+
     if name_or_folder in data.TOKENIZERS:
         return data.TOKENIZERS[name_or_folder]()
-    from hf import templates, weights  # jinja2 and tokenizers: only where a folder is opened
+    from hf import templates, weights
 
-    return templates.load(weights.fetch(name_or_folder))
+    return templates.open_tokenizer(weights.fetch(name_or_folder))

@@ -18,7 +18,7 @@ FAMILIES, ACTIVATIONS, NAMES = TABLES["families"], TABLES["activations"], TABLES
 GPT2_SIZES, LLAMA_SIZES = TABLES["gpt2_sizes"], TABLES["llama_sizes"]
 HARMLESS = {kind: set(fields.split()) for kind, fields in TABLES["harmless"].items()}  # they change no logits
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-LIMITS = {int: 2**31, float: 1e30}  # every number in a real model's config.json is smaller
+LIMITS = {int: 2**24, float: 1e30}  # every number in a real model's config.json is smaller
 MOST_LAYERS = 2000
 NEEDED = object()
 
@@ -75,6 +75,8 @@ def parse(values, path):
     heads, kv_heads, width = values["n_head"], values.get("n_kv_head") or values["n_head"], values["d_model"]
     if heads % kv_heads or (width % heads and not values.get("head_dim")):
         f.refuse(f"{heads} heads do not fit {kv_heads} key/value heads or a width of {width}")
+    if heads * (values.get("head_dim") or 1) >= LIMITS[int]:
+        f.refuse(f"{heads} heads of {values['head_dim']} are more than any model has")
     made = Config(**values)
     if made.position == "rope" and int(made.head_dim * made.rope_fraction) % 2:
         f.refuse(f"RoPE turns pairs of dimensions, but {made.rope_fraction} x head_dim {made.head_dim} is odd")

@@ -6,18 +6,20 @@ tensors are called is known to `families.py`. Both directions are strict: a tens
 shape ends in a UserError that names it. Next: `train.py`, which loads and saves, or `lora.py`.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from hf import families
+from hf import families, sandbox
 from model import Decoder
 from support.cli import UserError, read_json, write, writing
 
@@ -31,27 +33,33 @@ def config(folder):
     return families.parse(read_json(path), path)
 
 
+def without_values(config):
+    """A Decoder of shapes alone: nothing allocated, nothing drawn at random."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
 def load(folder):
-    """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice."""
+    """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice.
+
+    Names, shapes and types of all tensors are held against config.json before the first of them is read.
+    """
+    folder, found = Path(folder), {}
     decoder = without_values(config(folder))
-    wanted, names, found, spare_heads = decoder.state_dict(), families.names(decoder), {}, []
-    prefix = "transformer." if decoder.config.position == "learned" else "model."  # left out by some checkpoints
-    for name, tensor, file in _tensors(Path(folder)):
-        theirs = name if name in names else prefix + name
-        if theirs in names and names[theirs][0] not in found:
-            found.update(_convert(tensor, theirs, names[theirs], wanted, f"{file}: tensor {name}"))
-        elif name == "lm_head.weight":  # some tied checkpoints hold it all the same
-            spare_heads.append((tensor, file))
-        elif not re.fullmatch(families.BUFFERS, name):
-            raise UserError(f"{file}: tensor {name} has no place in the model that config.json describes")
-    missing = [theirs for theirs, ours in names.items() if ours[0] not in found]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-        raise UserError(f"{folder}: tensor {missing[0]}{more} is missing from the weights")
-    for head, file in spare_heads:
-        rows = zip(head.split(1024), found["embed.weight"].split(1024), strict=False)
-        if head.shape != found["embed.weight"].shape or not all(torch.equal(a.float(), b) for a, b in rows):
-            raise UserError(f"{file}: tensor lm_head.weight is not the embedding, though config.json ties the two")
+    size = 4 * sum(parameter.numel() for parameter in decoder.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise UserError(f"{folder}: its weights need {size / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f}")
+    with tempfile.TemporaryDirectory() as spare:
+        files = {as_safetensors(file, spare, size): file for file in weight_files(folder)}
+        for tensor, theirs, ours in read(places(decoder, files, folder)):
+            tensor = tensor.t() if families.transposed(theirs) else tensor
+            pieces = tensor.split([len(decoder.get_parameter(name)) for name in ours])
+            for name, piece in zip(ours, pieces, strict=True):
+                if name not in found:
+                    found[name] = piece.float().contiguous()
+                elif not torch.equal(piece.float(), found[name]):
+                    raise UserError(f"{folder}: lm_head.weight is not the embedding, though config.json ties the two")
     decoder.load_state_dict(found, assign=True)
     return decoder
 
@@ -96,7 +104,7 @@ def fetch(name):
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
     try:
         folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-        read_json(Path(folder) / "config.json"), _files(Path(folder))  # an interrupted download is not a cached model
+        read_json(Path(folder) / "config.json"), weight_files(Path(folder))  # an interrupted download is not a cached model
         return folder
     except (OSError, ValueError, UserError):
         pass
@@ -107,69 +115,115 @@ def fetch(name):
         raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}") from error
 
 
-def without_values(config):
-    """A Decoder of shapes alone: nothing allocated, nothing drawn at random."""
-    with torch.device("meta"):
-        return Decoder(config)
+# ---- files of weights
+
+
+def weight_files(folder):
+    """The files of weights in a folder: one, or the shards that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UserError(f"{index}: weight_map is missing")
+            shards = sorted({str(shard) for shard in shards.values()})
+            for shard in shards:
+                if Path(shard).name != shard or not os.path.isfile(folder / shard):
+                    raise UserError(f"{folder}/{shard[:200]}: no such file, though {index.name} lists it")
+            return [folder / shard for shard in shards]
+    raise UserError(f"{folder}: no weights there (model.safetensors, or pytorch_model.bin, or shards with an index)")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A context: the safetensors file there."""
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("no such file")
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as failure:  # ValueError: a name that is not UTF-8
+        raise UserError(f"{path}: missing, damaged, or not a safetensors file ({failure})") from None
 
 
 def read_tensors(path):
     """{name: tensor} of a small safetensors file."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as failure:
-        raise UserError(f"{path}: missing, damaged, or not a safetensors file: {failure}") from None
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def _convert(tensor, theirs, ours, wanted, where):
-    """One of their tensors -> {our name: fp32 tensor}."""
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"{where} holds {tensor.dtype}; only float32, float16 and bfloat16 weights are supported")
-    rows = [wanted[name].shape[0] for name in ours]
-    shape = (sum(rows), *wanted[ours[0]].shape[1:])
-    shape = shape[::-1] if families.transposed(theirs) else shape
-    if tensor.shape != shape:
-        raise UserError(f"{where} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(shape)}")
-    pieces = (tensor.t() if families.transposed(theirs) else tensor).split(rows)
-    return {name: piece.float().contiguous() for name, piece in zip(ours, pieces, strict=True)}
+def places(decoder, files, folder):
+    """[(safetensors file, -elements, name there, (their name, our names)), ...]
+
+    files: {safetensors file: the file it was made from}. Raises UserError where a tensor is left over, missing, or
+    not as config.json describes it.
+    """
+    wanted, names, found = decoder.state_dict(), families.names(decoder), []
+    missing = dict(names)
+    spare = {"lm_head.weight": ["embed.weight"]} if decoder.config.tied else {}  # some checkpoints hold it all the same
+    names |= spare
+    prefix = "transformer." if decoder.config.position == "learned" else "model."  # left out by some checkpoints
+    for path, file in files.items():
+        with opened(path) as header:
+            for name in header.keys():
+                theirs, where = name if name in names else prefix + name, f"{file}: tensor {name[:200]}"
+                if theirs not in names and re.fullmatch(families.BUFFERS, name):
+                    continue
+                if missing.pop(theirs, None) is None and theirs not in spare:
+                    raise UserError(f"{where} has no place in the model that config.json describes")
+                ours, stored = names[theirs], header.get_slice(name)
+                shape = (sum(len(wanted[part]) for part in ours), *wanted[ours[0]].shape[1:])
+                shape = shape[::-1] if families.transposed(theirs) else shape
+                if stored.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise UserError(f"{where} holds {stored.get_dtype()}; only F32, F16, BF16 weights are supported")
+                if tuple(stored.get_shape()) != shape:
+                    raise UserError(f"{where} has shape {tuple(stored.get_shape())}, but config.json asks for {shape}")
+                found.append((path, -math.prod(shape), name, (theirs, ours)))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: tensor {next(iter(missing))}{more} is missing from the weights")
+    return found
 
 
-def _files(folder):
-    """The files of weights in a folder: one, or the shards that an index lists."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise UserError(f"{index}: weight_map is missing")
-            for tensor, shard in shards.items():
-                if Path(str(shard)).name != shard or not (folder / shard).exists():
-                    raise UserError(f"{folder / str(shard)}: no such file, though {index.name} puts {tensor} there")
-            return [folder / shard for shard in sorted(set(shards.values()))]
-    raise UserError(f"{folder}: no weights there (model.safetensors, or pytorch_model.bin, or shards with an index)")
+def read(places):
+    """(tensor, their name, our names), one at a time; of each file the largest first, while there is room."""
+    file, at, taken = None, None, 0
+    for path, _, name, known in sorted(places):
+        if path != at or taken > 2**22:  # anew now and then, or the file's pages would pile up in memory
+            file, at, taken = safe_open(path, "pt"), path, 0
+        tensor = file.get_tensor(name).clone()
+        taken += tensor.nbytes
+        yield tensor, *known
 
 
-def _tensors(folder):
-    """Name, tensor as stored, file: for every tensor of a folder, one at a time, so that memory holds little twice."""
-    for file in _files(folder):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt") as opened:
-                    sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}
-                for name in sorted(sizes, key=sizes.get, reverse=True):  # the largest while there is still room
-                    with safe_open(file, "pt") as opened:  # anew each time, or pages of the file would pile up
-                        tensor = opened.get_tensor(name).clone()
-                    yield name, tensor, file
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: damaged, or not a safetensors file: {error}") from error
-            continue
+def as_safetensors(file, spare, size):
+    """The file, or what a pickle's tensors, `size` bytes of them, become in the folder `spare`."""
+    if file.suffix == ".safetensors":
+        return file
+    target = Path(spare, file.name)
+    sandbox.start("hf.weights", file, size)("convert", str(target))
+    return target
+
+
+def pickled(file):
+    """What is done with a pickle, the format of pytorch_model.bin, in a process with limits (see sandbox.py)."""
+    def convert(target):
+        """Write the tensors as safetensors."""
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged or hostile file provokes
-            raise UserError(f"{file}: refused: damaged, or not merely tensors, and then it could run code") from error
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        except Exception:  # whatever a damaged or hostile file provokes
+            raise UserError(f"{file}: refused: damaged, or not merely tensors, and then it could run code") from None
+        known = isinstance(state, dict) and {str}.issuperset(map(type, state)) and all(
+            isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+            for tensor in state.values())
+        if not known:
             raise UserError(f"{file}: must hold a dict of tensors and nothing else")
-        while state:
-            yield *state.popitem(), file
+        save_file({name: state.pop(name).clone().contiguous() for name in list(state)}, target)
+
+    return {"convert": convert}
+
+
+if __name__ == "__main__":
+    sandbox.serve(pickled)

@@ -1,10 +1,16 @@
 """Parity with `transformers` for every family, on tiny models with every parameter random; then files that are bad."""
 
 import dataclasses
+import gc
 import json
+import os
+import resource
+import struct
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -347,6 +353,18 @@ def test_defaults_are_those_of_transformers(case, remove, tmp_path):
     ("llama", {"model_type": "mamba"}, "model_type 'mamba'.*llama"),
     ("llama", {"model_type": "gemma3"}, "model_type 'gemma3'"),
     ("llama", {"model_type": None}, "model_type"),
+    ("llama", {"model_type": ["llama"]}, "model_type"),
+    ("llama", {"model_type": "m" * 10**6}, "model_type 'mmm"),
+    ("llama", {"num_hidden_layers": 10**5}, "100000 layers are more"),
+    ("qwen2", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers"),
+    ("llama", {"hidden_size": 2**62}, "hidden_size"),
+    ("llama", {"vocab_size": 10**400}, "vocab_size"),
+    ("llama", {"head_dim": 2**20, "num_attention_heads": 2**20, "num_key_value_heads": 1}, "heads"),
+    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
+    ("llama", {"never_heard_of": [[[[[[[[[[0]] * 9] * 9] * 9] * 9] * 9]]]]}, "never_heard_of"),
+    ("llama", {"never_heard_of" * 10**5: 1}, "never_heard_of"),
+    ("llama", {"never_heard_of": 0}, "never_heard_of"),
     ("llama", {"hidden_size": 0}, "hidden_size"),
     ("llama", {"hidden_size": "32"}, "hidden_size"),
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -387,6 +405,7 @@ def test_unsupported_config(case, changes, match, tmp_path):
     with pytest.raises(UserError, match=match) as caught:
         weights.config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 NEEDED = {
@@ -447,7 +466,7 @@ BAD_FILES = {  # what breaks the folder, and what the message must name
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json.*JSON object"),
-    "integers": (lambda f: change_tensors(f, lambda s: s.update({NORM: s[NORM].int()})), f"{NORM} holds torch.int32"),
+    "integers": (lambda f: change_tensors(f, lambda s: s.update({NORM: s[NORM].int()})), f"{NORM} holds I32"),
     "shape": (lambda f: change_tensors(f, lambda s: s.update({QUERY: s[QUERY][:-1].clone()})),
               rf"{QUERY} has shape \(63, 32\).*\(64, 32\)"),
     "missing": (lambda f: change_tensors(f, lambda s: s.pop(QUERY)), f"{QUERY} is missing"),
@@ -480,6 +499,161 @@ def test_bad_files_end_in_one_line_and_exit_code_2(name, tmp_path, capsys, monke
         cli.run(lambda: weights.load(folder))
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not Path("hostile_code_ran").exists()
+
+
+# Hostile files: refused, or read as what they are, in bounded time and memory
+
+
+def used():
+    """Seconds of computing of this process and of those that it has seen end."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def refusal(action):
+    """The line in which a hostile input ends, after less than 10 s of computing and with less than 1 GB."""
+    began, before = used(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        action()
+    except UserError as caught:
+        line = str(caught)
+    else:
+        pytest.fail("this was not refused")
+    gc.collect()  # the process with limits ends when nobody can ask it any more
+    assert used() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20
+    assert "\n" not in line and len(line) < 1500
+    return line
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a toy model."""
+    weights.save(toy_decoder("llama"), tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def write_safetensors(path, header, size=0):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)  # a sparse file: it claims this size, and takes no room
+
+
+LYING_HEADERS = {
+    "longer than the file": b"\xff" * 8,
+    "nested": b'{"a":' + b"[" * 100_000,
+    "a tensor beyond the end": {"a": {"dtype": "F32", "shape": [2**20], "data_offsets": [0, 2**22]}},
+    "a shape beyond all numbers": {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}},
+    "backwards": {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+    "of a type that nobody knows": {"a": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]}},
+    "overlapping": {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+}
+
+
+@pytest.mark.parametrize("header", LYING_HEADERS)
+def test_lying_safetensors_headers(header, toy):
+    write_safetensors(toy / "model.safetensors", LYING_HEADERS[header], size=4)
+    assert "model.safetensors: missing, damaged" in refusal(lambda: weights.load(toy))
+
+
+def test_a_model_larger_than_memory(toy):
+    """config.json and a sparse file of 2 TB agree with each other: only the machine can refuse them."""
+    edit(toy, vocab_size=2**20, hidden_size=2**18, head_dim=2**16)
+    write_safetensors(toy / "model.safetensors", {"model.embed_tokens.weight": {
+        "dtype": "F32", "shape": [2**20, 2**18], "data_offsets": [0, 2**40]}}, size=2**40)
+    assert "this machine has" in refusal(lambda: weights.load(toy))
+
+
+def test_twenty_thousand_empty_tensors_are_refused_at_once(toy):
+    state = load_file(toy / "model.safetensors")
+    save_file(state | {f"empty.{i}": torch.zeros(0) for i in range(20_000)}, toy / "model.safetensors")
+    began = used()
+    assert "empty." in refusal(lambda: weights.load(toy)) and used() - began < 2
+
+
+def test_many_small_tensors_are_read_from_few_openings(tmp_path, monkeypatch):
+    openings = []
+    real = weights.safe_open
+    weights.save(toy_decoder("gpt2"), tmp_path)
+    monkeypatch.setattr(weights, "safe_open", lambda *arguments: openings.append(arguments) or real(*arguments))
+    weights.load(tmp_path)
+    assert len(openings) == 2  # for the header, and for the tensors
+
+
+def deflated(path):
+    """A pickle of 14 MB that unpacks to 3 GB: torch writes none of that kind, but reads them."""
+    torch.save({"a": torch.arange(1000.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, part in parts.items():
+            with archive.open(name, "w", force_zip64=True) as file:
+                if name.endswith("/data/0"):
+                    for _ in range(48):
+                        file.write(bytes(2**26))
+                else:
+                    file.write(part.replace(b"M\xe8\x03", b"J\0\0\0\x30"))  # 1000 -> 48 * 2**24 numbers
+
+
+class Calls:
+    """Unpickles as function(*arguments)."""
+
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+PICKLES = {  # what torch.save is given, or a function that writes the file
+    "unpacks to 3 GB": deflated,
+    "asks for 10 GB": {"a": Calls(bytearray, 10**10)},
+    "one number spread out to 4 TB": {"a": torch.zeros(1).expand(10**6, 10**6)},
+    "names that are numbers": {3: torch.zeros(2)},
+    "no values": {"a": torch.zeros(2, device="meta")},
+    "sparse": {"a": torch.eye(3).to_sparse()},
+    "complex": {"model.norm.weight": torch.zeros(32, dtype=torch.complex64)},
+    "a list": [torch.zeros(2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_hostile_pickles(kind, toy):
+    (toy / "model.safetensors").unlink()
+    made = PICKLES[kind]
+    made(toy / "pytorch_model.bin") if callable(made) else torch.save(made, toy / "pytorch_model.bin")
+    assert "pytorch_model.bin: " in refusal(lambda: weights.load(toy))
+
+
+@pytest.mark.parametrize("shards", [
+    {"a": "../outside.safetensors"}, {"a": "/etc/passwd"}, {"a": "sub/model.safetensors"}, {"a": ".."}, {"a": ""},
+    {"a": 7}, {"a": None}, {"a": ["model.safetensors"]}, {"a": "n" * 300}, {"a": "nul\0"}, [], {},
+])
+def test_hostile_shard_lists(shards, toy):
+    (toy / "model.safetensors").rename(toy.parent / "outside.safetensors")
+    (toy / "sub").mkdir()
+    (toy / "sub/model.safetensors").write_bytes(b"")
+    (toy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert str(toy) in refusal(lambda: weights.load(toy))
+
+
+def test_a_pipe_is_no_file_of_weights(toy):
+    (toy / "model.safetensors").unlink()
+    os.mkfifo(toy / "model.safetensors")
+    assert "no weights there" in refusal(lambda: weights.load(toy))
+
+
+def test_nested_settings(toy):
+    (toy / "config.json").write_text("[" * 100_000)
+    assert "config.json" in refusal(lambda: weights.load(toy))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_not_utf8(toy):
+    strange = toy.rename(os.fsdecode(os.fsencode(toy.parent) + b"/m\xff"))
+    assert "not valid UTF-8" in refusal(lambda: weights.load(strange))
 
 
 # Memory and randomness
