@@ -28,7 +28,7 @@ FIGURES = ROOT / "experiments" / "figures"
 
 SEGMENTS = {  # number: (name, colour, what the row of the picture says of it)
     TEXT: ("TEXT", "#0072B2", "the question"),
-    ANSWER: ("ANSWER", "#009E73", "goes on from TEXT: learns to write the answer and to stop"),
+    ANSWER: ("ANSWER", "#009E73", "goes on from TEXT: learns the answer and to stop"),
     PRED: ("PRED", "#D55E00", "goes on from TEXT too: its last state predicts Enc(Code)"),
     CODE: ("CODE", "#CC79A7", "the answer alone: its last state is Enc(Code)"),
 }

@@ -76,7 +76,7 @@ def average(cells, metric, form):
     if not values or None in values:
         return "-"
     middle, half = interval(values)
-    return form.format(middle, half) if half == half else form.split(" +-")[0].format(middle)
+    return form.format(middle, half) if half == half else form.split(" ±")[0].format(middle)
 
 
 def base_of(arm, arms):
@@ -93,12 +93,12 @@ def compare(cells, base):
 
 
 COLUMNS = {  # heading: ((metric, form), ...)
-    "exact match": (("exact", "{:.2%} +- {:.2%}"),),
+    "exact match": (("exact", "{:.2%} ± {:.2%}"),),
     "same language": (("same_language", "{:.2%}"),),
     "stop rate": (("stopped", "{:.1%}"),),
     "cosine of pairs / shuffled": (("cosine_aligned", "{:.3f}"), ("cosine_shuffled", "{:.3f}")),
-    "retrieval@1": (("retrieval_at_1_text_to_code", "{:.1%} +- {:.1%}"),),
-    "recall@10": (("recall_at_10_text_to_code", "{:.1%}"),),
+    "retrieval@1": (("retrieval_at_1_text_to_code", "{:.1%} ± {:.1%}"),),
+    "recall@10": (("retrieval_at_10_text_to_code", "{:.1%}"),),
     "candidates": (("n", "{:,.0f}"),),
     "rank of predictions / Codes": (("effective_rank_pred", "{:.1f}"), ("effective_rank_code", "{:.1f}")),
 }
@@ -107,6 +107,8 @@ COLUMNS = {  # heading: ((metric, form), ...)
 def grid_table(name):
     """Lines of Markdown: how the grid was run, and a row for each arm."""
     found = read_grid(name)
+    if not any(found.values()):
+        return [f"`python -m experiments.sweep {name}`: not run. {GRIDS[name]['seeds']} seeds of {', '.join(found)}."]
     tests = {arm: compare(cells, found[base]) for arm, cells in found.items()
              if (base := base_of(arm, found)) != arm and cells.keys() & found[base].keys()}
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
@@ -117,7 +119,7 @@ def grid_table(name):
         against = ["-", "-"]
         if arm in tests:
             middle, half = interval([100 * difference for difference in tests[arm][0]])
-            against = [f"{middle:+.2f}" + (f" +- {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
+            against = [f"{middle:+.2f}" + (f" ± {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
         row = [str(len(cells)), texts[0], *against, *texts[1:]]
         table.append([arm, *row] if cells else [arm, "not run", *["-"] * (len(row) - 1)])
     return [*conditions(name, found), "", *markdown(table)]
@@ -129,17 +131,17 @@ def conditions(name, found):
     many = lambda values: ", ".join(sorted(set(values)))  # noqa: E731
     hours = sum(sum(cell["seconds"].values()) for cell in cells) / 3600
     wanted = len(found) * GRIDS[name]["seeds"]
-    machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells) or "-"
-    threads = many(str(cell["hardware"]["threads"]) for cell in cells) or "-"
+    machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells) 
+    threads = many(str(cell["hardware"]["threads"]) for cell in cells)
     return [f"`python -m experiments.sweep {name}`: {len(cells)} of {wanted} cells, {hours:.1f} hours in all, threads "
-            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells) or '-'}."]
+            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells) }."]
 
 
 def draw_grid(name, path):
     """Exact match against retrieval@1: a point for each arm, a small one for each seed."""
     from evaluation import plots
 
-    figure, axis = plots.plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axis = plots.panels(figsize=(8, 5.5), layout="constrained")
     arms = {arm: cells for arm, cells in read_grid(name).items() if cells}
     for number, (arm, cells) in enumerate(arms.items()):
         points = np.array([[100 * value(cell, metric) for metric in ("retrieval_at_1_text_to_code", "exact")]

@@ -1,14 +1,25 @@
 """The cost formula against torch's own counter; no timing is asserted."""
 
+import json
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from conftest import STYLES, toy_decoder
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from experiments import bench
 from jepa import LLMJEPA, PAD, TEXT, Batch
+
+
+def counted_flops(run):
+    """FLOPs of a function by torch's counter, which knows the attention of the plain "math" kernel on every device."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -16,7 +27,7 @@ from jepa import LLMJEPA, PAD, TEXT, Batch
 def test_the_formula_is_what_torch_counts(style, kind, examples):
     model = LLMJEPA(toy_decoder(style), 2)
     batch = data.collate(examples, 2, **bench.KINDS[kind])
-    assert bench.step_flops(model.decoder.config, batch) == bench.counted_flops(model, batch)
+    assert bench.step_flops(model.decoder.config, batch) == counted_flops(lambda: model(batch).total.backward())
 
 
 def test_fused_is_the_cheapest_way_to_all_three_views(examples):
@@ -39,21 +50,87 @@ def test_separate_passes_cost_what_the_readme_says(examples):
         row, nowhere = torch.tensor([ids]), torch.zeros(0, 2, dtype=torch.long)
         position = torch.arange(len(ids))[None]
         batch = Batch(row, torch.full_like(row, TEXT), position, nowhere, nowhere[:, 0], nowhere, nowhere)
-        with bench.FlopCounterMode(display=False) as counter, bench.sdpa_kernel(bench.SDPBackend.MATH):
-            model.hidden(batch).sum().backward()
-        assert bench.step_flops(model.decoder.config, batch) == counter.get_total_flops()
+        counted = counted_flops(lambda batch=batch: model.hidden(batch).sum().backward())
+        assert bench.step_flops(model.decoder.config, batch) == counted
         tokens += len(ids)
     paper = data.collate([e], k, "paper")
     assert tokens == (paper.segment != PAD).sum() == len(e.full) + len(e.text) + k + len(e.code)
 
 
 def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
-    """Three rows in four turns: each is decoded once by either slow way, all four prompts in every turn by the fast."""
+    """Two batches; the slow way answers the first prompt of each, the fast way all of them, with the same text."""
     decoder, prompts = toy_decoder("llama"), [e.full for e in examples]
-    found = bench.time_decoding(decoder, prompts, -1, Namespace(rows=3, new_tokens=6, decode_batch=2))
-    naive, cached, batched = (answers for _, answers in found.values())
-    expected = [bench.one_by_one(decoder, prompt, -1, 6) for prompt in prompts]
-    assert naive == cached == expected[:3] and batched == expected * 4
+    batches = [prompts[:2], prompts[2:]]
+    batched = partial(bench.answers_of, decoder, -1, Namespace(new_tokens=6))
+    rows, answers = bench.time_decoding({
+        "slow": lambda chosen: [bench.one_by_one(decoder, prompt, -1, 6) for prompt in chosen[:1]],
+        "fast": batched, "wrong": lambda chosen: [[0] for _ in chosen]}, batches, decoder.embed.weight.device)
+    expected = [[bench.one_by_one(decoder, prompt, -1, 6) for prompt in batch] for batch in batches]
+    assert answers["fast"] == expected and answers["slow"] == [made[:1] for made in expected]
+    assert [row["same_text"] for row in rows] == [1, 1, 0] and all(row["rows_per_s"] > 0 for row in rows)
+
+
+def test_in_every_round_each_form_has_its_turn():
+    calls = []
+    forms = {name: lambda number, name=name: calls.append((number, name)) for name in "ab"}
+    seconds = bench.take_turns(forms, 3, torch.device("cpu"))
+    assert calls == [(number, name) for number in range(-2, 3) for name in "ab"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def grow(mib):
+    """Peak memory of this process before and after it held so much more."""
+    before = bench.peak_memory()
+    bytearray(mib << 20).count(1)
+    return before, bench.peak_memory()
+
+
+def test_peak_memory_is_that_of_the_process_itself():
+    """Not its parent's, which the kernel passes on as ru_maxrss."""
+    ours = bytearray(900 << 20)
+    ours[:: 1 << 12] = b"x" * len(ours[:: 1 << 12])
+    before, after = bench.in_fresh_process(grow, 300)
+    assert before < 900 and 290 < after - before < 330
+    assert bench.peak_memory() > 900
+
+
+def test_the_memory_of_a_step_is_taken_in_a_fresh_process():
+    """820,480 parameters, their gradients and two moments are 13 MiB; what a step keeps comes on top."""
+    args = bench.flags("").parse_args(["--batch_size", "4", "--device", "cpu"])
+    found = bench.in_fresh_process(bench.memory_of_steps, bench.make_forms, args, "LLM-JEPA, fused", "float32")
+    assert 13 < found < 600
+
+
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    """Counts and shares, never a time."""
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--steps", "1", "--batch_size", "2", "--rows", "1", "--decode_batch", "4",
+                                     "--decode_rows", "8", "--new_tokens", "3", "--device", "cpu", "--json", str(file)])
+    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *arguments: function(*arguments))  # this one: quick
+    bench.main()
+    found = json.loads(file.read_text())
+    assert capsys.readouterr().out == "\n".join(bench.tables(found)) + "\n"
+    assert {row["form"] for row in found["steps"]} == set(bench.KINDS) and str(tmp_path) not in file.read_text()
+    for row in found["steps"]:
+        assert row["seconds"] > 0 and row["flops"] > 1e6 and row["ceiling"] > 0 and row["mib"] >= 0
+        assert 0 <= row["padding"] < 1
+    assert [row["same_text"] for row in found["decoding"]] == [1, 1, 1]
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_the_share_of_padding_and_of_the_ceiling(examples):
+    """A step of known FLOPs: the table divides them by the time and by the ceiling."""
+    model = LLMJEPA(toy_decoder("llama"), 2)
+    forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4))
+    rows = bench.time_steps(forms, model.decoder.config, 2, torch.device("cpu"))
+    for row, (kind, how) in zip(rows[:3], bench.KINDS.items(), strict=True):
+        batch = data.collate(examples, 2, **how)
+        assert row["form"] == kind and row["dtype"] == "float32"
+        assert row["flops"] == bench.step_flops(model.decoder.config, batch)
+        assert row["padding"] == (batch.segment == PAD).double().mean().item()
+    table = bench.tables({"about": "", "base": "LLM-JEPA, fused", "batch_size": 4, "decoding": [], "steps": [
+        row | {"seconds": 2.0, "ceiling": 1e9, "flops": 5e8, "mib": 7.0} for row in rows[:3]]})
+    assert "| LLM-JEPA, paper   | float32 | 2000.0 | 1.00                   | 2.0        | 0.50  | 25%" in table[6]
 
 
 def test_the_naive_loop_is_the_same_text(examples):

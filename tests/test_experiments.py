@@ -2,17 +2,25 @@
 
 import fcntl
 import json
+import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from experiments import sweep
+import jepa
+import train
+from evaluation import statistics
+from experiments import figures, report, sweep
+from support import cli
 from support.cli import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -160,3 +168,138 @@ def test_a_sweep_that_is_stopped_goes_on(place, monkeypatch, how):
     assert [sweep.state(cell) for cell in todo] == ["begun", "begun"]
     assert sweep.run_all(todo, 2, True) == 0
     assert [seen(cell) for cell in todo] == [["anew", "resumed"]] * 2
+
+
+# ---- tables and pictures
+
+
+def cell(arm, seed, correct):
+    """What sweep writes of a cell, with made-up figures."""
+    rates = {name: {"value": sum(map(int, correct)) / len(correct)} for name in ("exact", "same_language", "stopped")}
+    found = {"n": len(correct), "cosine_aligned": 0.5, "cosine_shuffled": 0.25, "retrieval_at_1_text_to_code": 0.125}
+    return {"arm": arm, "seed": seed, "correct": correct, "metrics": {"rates": rates, "representation": found},
+            "seconds": {"train": 3600.0, "eval": 1800.0}, "versions": {"code": "abc"},
+            "hardware": {"gpu": None, "processor": "a CPU", "threads": 1}}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A grid with three arms, two of which were run with two seeds."""
+    toy(monkeypatch, {"lam0": "--lam 0", "better": "", "never": ""}, seeds=2)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for made in (cell("lam0", 0, "1100000000"), cell("lam0", 1, "1110000000"), cell("better", 0, "1111111111"),
+                 cell("better", 1, "1111111100")):
+        cli.write_json(tmp_path / report.RESULTS / "toy" / f"{made['arm']}-seed{made['seed']}.json", made)
+    return tmp_path
+
+
+def test_the_table_of_a_grid(results):
+    about, _, head, _, *rows = report.grid_table("toy")
+    rows = {row[0]: row[1:] for row in ([part.strip() for part in line.split("|")[1:-1]] for line in rows)}
+    head = [part.strip() for part in head.split("|")[2:-1]]
+    assert about == ("`python -m experiments.sweep toy`: 4 of 6 cells, 6.0 hours in all, threads each: 1; a CPU; "
+                     "code abc.")
+    better = dict(zip(head, rows["better"], strict=True))
+    half = 12.706 * math.sqrt(2) * 0.1 / math.sqrt(2)  # of 1.0 and 0.8: Student's t for two values
+    assert better["exact match"] == f"90.00% ± {half:.2%}" and better["seeds"] == "2"
+    assert better["minus lam 0 (points)"] == f"+65.00 ± {100 * 12.706 * 0.15:.2f}"
+    assert better["retrieval@1"] == "12.5% ± 0.0%" and better["cosine of pairs / shuffled"] == "0.500 / 0.250"
+    assert better["recall@10"] == "-" and better["candidates"] == "10"
+    assert rows["lam0"][head.index("p")] == "-" and set(rows["never"]) == {"not run", "-"}
+
+
+def test_a_grid_that_was_not_run_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    toy(monkeypatch, {"lam0": "", "a": ""}, seeds=3)
+    assert report.grid_table("toy") == ["`python -m experiments.sweep toy`: not run. 3 seeds of lam0, a."]
+
+
+def test_the_p_value_is_that_of_the_rows(results):
+    """For one seed it is McNemar's, but for what is drawn at random; rows that both get right count for nothing."""
+    one, other = "1" * 12 + "0" * 8, "1" * 6 + "0" * 13 + "1"
+    differences, p = report.compare({0: cell("a", 0, one)}, {0: cell("lam0", 0, other)})
+    assert differences == [pytest.approx(0.25)]
+    assert p == pytest.approx(statistics.mcnemar([int(c) for c in one], [int(c) for c in other]), abs=0.003)
+    assert report.flip_test([0.0] * 5) == 1.0
+    assert report.flip_test([0.5] * 30 + [0.0] * 100) < 1e-4 < 0.5 < report.flip_test([0.5, -0.5, 0.5, -0.5, 1.0])
+
+
+def test_seeds_that_only_one_arm_has_are_not_compared():
+    arm = {0: cell("a", 0, "11"), 1: cell("a", 1, "11")}
+    differences, _ = report.compare(arm, {1: cell("lam0", 1, "00"), 2: cell("lam0", 2, "11")})
+    assert differences == [1.0]
+
+
+def test_holm():
+    """The example of Holm's rule: p times what is left, never less than the one before, at most 1."""
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.holm([0.6, 0.7]) == [1.0, 1.0] and report.holm([]) == []
+
+
+def test_every_arm_has_a_base():
+    for grid in report.GRIDS.values():
+        for arm in grid["arms"]:
+            base = report.base_of(arm, grid["arms"])
+            assert base.endswith("lam0") and "--lam 0" in grid["arms"][base].split("--k")[0]
+    assert report.base_of("official-1e-4-infonce", report.GRIDS["pretrained"]["arms"]) == "official-1e-4-lam0"
+
+
+def test_the_flags_of_every_grid_exist():
+    """Each training of each grid is one that train.py accepts."""
+    for name, grid in sweep.GRIDS.items():
+        for made in sweep.cells(name):
+            words = shlex.split(made.commands["train"].replace("$LLMJEPA_SMOLLM2", "folder"))[2:]
+            args = train.check(train.flags().parse_args(words))
+            assert args.seed == made.seed and args.out.name == made.name
+        assert grid["rows"] <= 8000 and grid["about"]
+
+
+def test_what_stands_between_the_marks_is_replaced():
+    text = "before\n<!-- toy -->\nold\n<!-- end -->\nbetween\n<!-- other -->\nkept\n<!-- end -->\n"
+    assert report.fill(text, "toy", ["a", "b"]) == text.replace("old", "a\nb")
+    with pytest.raises(UserError, match="write <!-- no -->"):
+        report.fill(text, "no", [])
+
+
+def test_the_readme_is_what_the_committed_results_say():
+    """Rebuild every table of experiments/README.md from the JSON beside it."""
+    text = report.README.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- (?!end)(\S+) -->", text)
+    assert set(report.GRIDS) <= set(names), "every grid has its section, run or not"
+    kept = {path.stem for path in (report.ROOT / report.RESULTS).glob("*.json")}
+    assert kept <= set(names), "every file of results is shown"
+    for name in names:
+        assert report.fill(text, name, report.section(name)) == text, f"run python -m experiments.report {name}"
+
+
+def test_no_result_names_a_folder_of_a_machine():
+    for path in (report.ROOT / report.RESULTS).rglob("*.json"):
+        assert not re.search(r'"/|[ =]/(home|root|work|tmp|Users)/', path.read_text(encoding="utf-8")), path
+
+
+def test_the_picture_of_a_grid(results):
+    report.draw_grid("toy", results / "toy.png")
+    assert (results / "toy.png").stat().st_size > 5000
+
+
+def test_the_mask_picture_is_the_committed_one():
+    """It is made of jepa.mask: as many filled cells as there are pairs that may see each other, and valid XML."""
+    picture = figures.mask_svg()
+    assert picture == (figures.FIGURES / "mask.svg").read_text(encoding="utf-8")
+    tokens, batch = figures.toy_row()
+    allowed = jepa.mask(batch.segment)[0]
+    cells = [box for box in ElementTree.fromstring(picture).iter() if box.get("width") == str(figures.SIDE - 2)]
+    assert len(cells) == len(tokens) ** 2
+    for box, sees in zip(cells, allowed.flatten().tolist(), strict=True):
+        assert (box.get("fill") != "#eef1f4") == sees
+
+
+def test_curves_and_encodings_are_drawn_from_json(tmp_path):
+    lines = [{"epoch": 1, "val_lm": 1.0, "val_exact": 0.1, "val_cosine_pairs": 0.9, "val_cosine_shuffled": 0.8},
+             {"epoch": 2, "val_lm": 0.5, "val_exact": 0.6, "val_cosine_pairs": 1.0, "val_cosine_shuffled": 1.0}]
+    figures.draw_curves([{"arm": "a", "seed": 0, "validation": lines}, {"arm": "b", "seed": 1, "validation": []}],
+                        tmp_path / "curves.png")
+    model = {"name": "m", "rows": 2, "cosines": {"pairs": 0.5, "shuffled": 0.1}, "spectrum": [2.0, 1.0],
+             "points": [[[0.0, 1.0], [1.0, 0.0]], [[0.5, 1.0], [1.0, 0.5]]]}
+    figures.draw_encodings([model, model], tmp_path / "encodings.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "encodings"))
