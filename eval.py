@@ -1,6 +1,7 @@
-"""Evaluate: let models answer, score the answers, and report what the encodings look like.
+"""Evaluate a model: let it answer, see whether the answers are right, and what its encodings look like.
 
     python eval.py runs/A --data datasets/synth_test.jsonl                    # a run; results go into its folder
+    python eval.py runs/A --ask "lines with a vowel"                          # one answer; --ask alone opens a prompt
     python eval.py runs/A --data datasets/synth_test.jsonl --base MODEL       # encodings before training, too
     python eval.py MODEL --data FILE --out results                            # an untouched Hugging Face folder
     python eval.py runs/A runs/B --data FILE --report AB.md                   # compared, row by row
@@ -8,151 +9,255 @@
     python eval.py --predictions OUTPUTS.jsonl --data FILE --out metrics.json # other systems' outputs, no model
 
 Each model gets metrics.json, predictions.jsonl (one object per row), tsne.png and spectrum.png, those of the latest
-evaluation, and for each way of answering a file answers-*.jsonl, from which an interrupted evaluation goes on. The
-model's part is in subject.py, figures about encodings in representation.py, rates and tables in results.py, what is
-right in score.py and regular.py, pictures in plots.py.
+evaluation, and for each way of answering a file answers-*.jsonl, from which an interrupted evaluation goes on.
+In this file: the flags, then one model from its folder to the verdict. Read next: `evaluation/README.md`.
 """
 
-import math
-import os
+import sys
+from functools import partial
 from pathlib import Path
 
 import data
-from evaluation import plots
-from evaluation import report as results
-from evaluation import tasks as score
+from evaluation import answers, ask, encodings, generate, report, tasks
 from support import cli
 from support.cli import UserError
+from support.processes import hardware
 
 # Room for an answer, in tokens, by task. Longer gold answers are told of before generation starts.
 BUDGET = {"exact": 128, "gsm8k": 512, "spider": 256, "nq_open": 64, "hellaswag": 8, "label": 8}
 
 
-def arguments():
-    p = cli.parser(__doc__)
-    add = p.add_argument
+def data_flags(add):
     add("runs", type=Path, nargs="*", metavar="RUN", help="run folder of train.py, or any Hugging Face folder")
-    add("--data", type=Path, required=True, help="JSONL of conversations to answer")
-    add("--task", choices=sorted(score.TASKS),
+    add("--data", type=Path, help="JSONL of conversations to answer")
+    add("--task", choices=sorted(tasks.TASKS),
         help="how answers are scored; default: from the data file's name. exact, on files named synth or turk, also "
         "compares regexes as languages; hellaswag takes the likeliest letter and the likeliest ending")
     add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
-    add("--predictions", type=Path, metavar="FILE",
-        help='score these outputs, one {"output": "..."} for each row of --data in order, instead of a RUN')
+    add("--limit", type=cli.whole(1), help="only the first so many rows of the file")
+    add("--too_long", choices=["refuse", "skip"], default="refuse",
+        help="rows longer than the model are refused, or skipped and reported")
+    add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
+
+
+def answer_flags(add):
+    add("--ask", nargs="?", const="", metavar="QUESTION",
+        help="print the answer to one question, or to each that you type, and write no files. The system turn is that "
+        "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that "
+        f"file that are nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings tell them")
+    add("--max_new_tokens", type=cli.whole(1), help=f"budget of an answer; default by task: {BUDGET}")
+    add("--temperature", type=cli.number(), default=0.0,
+        help="0: greedy; otherwise sample from softmax(logits / temperature)")
+    add("--top_p", type=cli.number(0, 1, above=True), default=1.0,
+        help="sample from the likeliest tokens that make up this share")
+    add("--seed", type=cli.whole(0), default=0, help="of sampling, of the shuffled pairs, of the bootstrap")
+
+
+def hardware_flags(add):
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of generation, where auto is bfloat16 on GPUs that have it; encodings are always made in float32")
+    add("--batch_size", type=cli.whole(1), default=128, help="prompts per batch; changes nothing but rounding")
+
+
+def result_flags(add):
     add("--base", type=Path, metavar="FOLDER",
         help='report the encodings of this model beside those of RUN, as "before": the one that training began with')
-    add("--limit", type=int, help="only the first so many rows of the file")
-    add("--max_new_tokens", type=int, help=f"budget of an answer; default by task: {BUDGET}")
-    add("--temperature", type=float, default=0.0, help="0: greedy; otherwise sample from softmax(logits / temperature)")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this share")
-    add("--seed", type=int, default=0, help="of sampling, of the shuffled pairs, of the bootstrap")
-    add("--batch_size", type=int, default=128, help="prompts per batch; changes nothing but rounding")
-    add("--too_long", choices=["refuse", "skip"], default="refuse", help="what to do with rows longer than the model")
-    add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add("--predictions", type=Path, metavar="FILE",
+        help='score these outputs, one {"output": "..."} for each row of --data in order, instead of a RUN')
     add("--out", type=Path,
         help="folder for the results; default: the run's own. With --predictions a JSON file; default: only print")
     add("--report", type=Path, metavar="FILE.md",
         help="write the table with pictures; default with several RUNs and --out: OUT/comparison.md")
-    args = p.parse_args()
-    check(args)
-    return args
+
+
+GROUPS = {"data": data_flags, "answers": answer_flags, "hardware": hardware_flags, "results": result_flags}
+
+
+def arguments():
+    parser = cli.parser(__doc__)
+    for title, add_flags in GROUPS.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    return check(parser.parse_args())
 
 
 def check(args):
-    """Refuse settings that cannot work, and fill in those that depend on others."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise UserError(f"--temperature {args.temperature}: must be finite and not negative")
-    if not 0 < args.top_p <= 1 or args.top_p < 1 and args.temperature == 0:
-        raise UserError(f"--top_p {args.top_p}: must be above 0 and at most 1, and needs a --temperature above 0")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
+    """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
+    if args.top_p < 1 and args.temperature == 0:
+        raise UserError(f"--top_p {args.top_p}: needs a --temperature above 0")
     if bool(args.runs) == bool(args.predictions):
         raise UserError("give either one or more RUN folders, or --predictions FILE")
     if args.predictions and (args.base or args.report):
         raise UserError("--base and --report need a RUN: --predictions come without a model")
+    if args.ask is not None and (len(args.runs) != 1 or args.base or args.report or args.out):
+        raise UserError("--ask wants one RUN, and writes no files: leave out --base, --report, --out and --predictions")
+    if args.ask is None and args.data is None:
+        raise UserError("--data is missing: a JSONL file of conversations to answer (or --ask a question)")
     args.guessed = args.task is None
-    args.task = args.task or score.guess_task(args.data)
-    if args.task == "spider" and not (args.databases and args.databases.is_dir()):
+    args.task = args.task or tasks.guess_task(args.data or "")
+    if args.ask is None and args.task == "spider" and not (args.databases and args.databases.is_dir()):
         raise UserError("--task spider executes queries: give --databases DIR, the folder of Spider's databases "
                         "(python datasets/download.py spider --databases fetches them)")
     args.max_new_tokens = args.max_new_tokens or BUDGET[args.task]
-    args.is_regex = args.task == "exact" and args.data.name.lower().startswith(("synth", "turk"))
-    for path in filter(None, (args.report, args.predictions and args.out)):
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give the name of a file to write")
+    args.is_regex = bool(args.data) and args.task == "exact" and args.data.name.lower().startswith(("synth", "turk"))
     if args.out and len(args.runs) > 1 and not args.report:
         args.report = args.out / "comparison.md"
+    return args
 
 
-def score_outputs(args):
-    """Score the outputs of another system."""
-    conversations = data.read(args.data)[: args.limit]
-    results.check_answered(conversations)
-    answers, conversations = results.read_outputs(args.predictions, conversations)
-    rows = results.judge(answers, conversations, args.task, args.databases, args.is_regex)
-    result = results.Result(args.predictions.name, rows)
-    print("\n".join(results.summary(result, args.task, args.data)))
-    if args.out:
-        cli.write_json(args.out, results.metrics(result, args.task, data=str(args.data)))
+# ---- one model
 
 
-def names(paths):
-    """A short name for each folder: the last part of its path, and of more parts if those are not different."""
-    for depth in range(1, 20):
-        found = ["-".join(path.resolve().parts[1:][-depth:]) for path in paths]
-        if len(set(found)) == len(paths):
-            return found
-    raise UserError("a RUN is given twice; give different ones")
+def evaluate(path, name, folder, conversations, args, **about):
+    """What is found about the model at `path`: a `report.Evaluated`. Files go to `folder`. about: what was asked."""
+    from hf import runs  # whoever scores other systems' outputs needs no models
+
+    # Open it.
+    device, autocast = hardware(args.device, args.dtype)
+    opened = runs.open_model(path, device, args.tokenizer)
+    conversations, examples = fitting(opened, conversations, args)
+
+    # Let it answer, as far as it has not in an earlier, interrupted evaluation.
+    about |= {"weights": opened.stamp, "tokenizer": opened.tokenizer.name, "device": device.type, "dtype": args.dtype,
+              "task": args.task, "max_new_tokens": args.max_new_tokens}
+    if args.temperature:
+        about |= {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    make = answers.likeliest if args.task == "hellaswag" else written
+    with autocast():
+        found = answers.kept(folder, about, conversations, examples, partial(make, opened, args))
+
+    # Are the answers right?
+    system = report.Evaluated(name, scored(found, conversations, args))
+
+    # What do the encodings look like? Do they tell which Code belongs to which Text, or are all of them alike?
+    reverse, different = opened.layout.get("reverse", False), len({tuple(e.code) for e in examples})
+    states = encodings.encode(opened.model, examples, args.batch_size, **opened.layout)
+    sides = encodings.sides(states, reverse)
+    cosines = encodings.cosines(*sides.values(), args.seed)  # of pairs, and of shuffled pairs
+    system.figures = encodings.measure(states, cosines, different, reverse)
+    system.verdict = encodings.verdict(system.figures)
+    title = name if opened.seed is None else f"{name}, seed {opened.seed}"
+    system.spectra[title] = states
+    if args.base:
+        base = runs.open_model(args.base, device, args.tokenizer)
+        system.spectra[f"{args.base.name} (before)"] = states = encoded_before(base, opened, conversations, args)
+        cosines = encodings.cosines(*encodings.sides(states, reverse).values(), args.seed)
+        system.before = encodings.measure(states, cosines, different, reverse)
+    title += f" on {args.data.name}, n = {len(examples)}"
+    report.write_model(system, sides, folder, title, data=str(args.data), **about)
+    return system
 
 
-def report(found, folders, args, table):
-    """Write the comparison as Markdown, with the spectra and loss curves of all runs overlaid."""
-    title = f"{args.data.name}, n = {len(found[0][0].rows)}, task {args.task}"
-    lines = [f"# {', '.join(result.name for result, _ in found)} on {title}", "", *table, ""]
-    lines += [f"{result.name}: {result.verdict}\n" for result, _ in found]
-    pictures = {"singular values": args.report.with_name(f"{args.report.stem}-spectrum.png")}
-    spectra = {name: encodings for _, own in found for name, encodings in own.items()}
-    plots.spectrum(spectra, title, pictures["singular values"])
-    logs = {result.name: run for (result, _), run in zip(found, args.runs, strict=True) if (run / "log.jsonl").exists()}
-    if logs:
-        pictures["loss curves"] = args.report.with_name(f"{args.report.stem}-losses.png")
-        plots.curves(logs, pictures["loss curves"])
-    for (result, _), folder in zip(found, folders, strict=True):
-        pictures[f"t-SNE, {result.name}"] = folder / "tsne.png"
-    for name, path in pictures.items():
-        lines.append(f"![{name}](<{Path(os.path.relpath(path, args.report.parent)).as_posix()}>)")
-    cli.write(args.report, "\n".join(lines) + "\n")
-    print(f"{args.report} is written")
+def fitting(opened, conversations, args):
+    """(conversations, examples) of the rows that the model has room for. Warns of gold answers beyond the budget."""
+    room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
+    conversations, examples = data.examples_of(conversations, opened.tokenizer, room, k, args.too_long)
+    if len(examples) < 4:
+        raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
+    lengths = [len(e.full) - e.answer_start for e in examples]
+    over = sum(length > args.max_new_tokens for length in lengths)
+    if over and args.task != "hellaswag":
+        print(f"warning: {over} gold answers are longer than --max_new_tokens {args.max_new_tokens} (the longest has "
+              f"{max(lengths)} tokens): the model cannot write them", file=sys.stderr)
+    return conversations, examples
+
+
+def written(opened, args, conversations, examples):
+    """Yield (index, {"output", "stopped"}): what the model writes after each prompt."""
+    prompts = [e.full[: e.answer_start] for e in examples]
+    choose = generate.most_likely
+    if args.temperature:
+        rows = [answers.row_number(conversation) for conversation in conversations]
+        choose = generate.sampler(args.temperature, args.top_p, args.seed, rows)
+    stop, decoder = opened.tokenizer.stop, opened.model.decoder
+    for i, answer in generate.in_batches(decoder, prompts, stop, args.max_new_tokens, args.batch_size, choose):
+        yield i, {"output": opened.tokenizer.decode(answer.ids), "stopped": answer.stopped}
+
+
+def scored(found, conversations, args):
+    """The answers as rows: with question, gold answer, and whether they are right."""
+    rows, broken = [], []
+    for answer, conversation in answers.progress(list(zip(found, conversations, strict=True)), "scores"):
+        question, gold = (message["content"] for message in conversation.messages[-2:])
+        exact = answer["output"].strip() == gold.strip()
+        row = answer | {"text": question, "gold": gold, "exact": exact}
+        row |= tasks.judge(row, args.task, args.databases, args.is_regex)  # everything but exact match
+        rows.append(row)
+        if "cannot_score" in row:
+            broken.append(f"{conversation.where}: cannot be scored, left out: {row['cannot_score']}")
+    if len(broken) == len(rows):
+        raise UserError(f"{broken[0]}; nor can any other row: is it the right --task, or --databases?")
+    more = [f"and {len(broken) - 20} more rows that cannot be scored"] if len(broken) > 20 else []
+    print("\n".join(broken[:20] + more), end="\n" * bool(broken), file=sys.stderr)
+    return rows
+
+
+def encoded_before(base, opened, conversations, args):
+    """Encodings by the model that training began with; if it has no [PRED], in the layout of the trained model."""
+    layout = base.layout if len(base.model.pred) else {k: v for k, v in opened.layout.items() if k == "layout"}
+    try:
+        _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,
+                                       len(base.model.pred))
+    except UserError as mistake:
+        raise UserError(f"--base {args.base}: {mistake}") from None
+    return encodings.encode(base.model, examples, args.batch_size, **layout)
+
+
+def converse(args):
+    """Answer the question of --ask, or those that are typed."""
+    from hf import runs
+
+    device, autocast = hardware(args.device, args.dtype)
+    opened = runs.open_model(args.runs[0], device, args.tokenizer)
+    system, codes = ask.system_turn(args.data or opened.data), None
+    if args.data:
+        codes = ask.Codes(opened, answers.questions(args.data, args.limit)[0], args)
+    for question in ask.questions(args.ask):
+        try:
+            conversation, example = ask.prepared(question, system, opened)
+            with autocast():
+                _, answer = next(written(opened, args, [conversation], [example]))
+            print("\n".join([answer["output"], *(codes.nearest(example) if codes else [])]), flush=True)
+        except UserError as mistake:
+            if args.ask:
+                raise
+            print(f"error: {mistake}", file=sys.stderr)
+
+
+# ---- the command
 
 
 def main():
     args = arguments()
+    if args.ask is not None:
+        return converse(args)
+    names = report.short_names(args.runs)
+    folders = [args.out / name if args.out and len(names) > 1 else args.out or path
+               for path, name in zip(args.runs, names, strict=True)]
+    report.check_places(args, folders)
+    conversations, digest = answers.questions(args.data, args.limit)
     print(f"task: {args.task}" + " (guessed from the name of the data file)" * args.guessed)
     if args.predictions:
-        return score_outputs(args)
-
-    from evaluation import answers as subject
-    from hf import runs  # from here on models are needed, which --predictions does without
+        found, conversations = answers.given(args.predictions, conversations)
+        system = report.Evaluated(args.predictions.name, scored(found, conversations, args))
+        report.show([system], args)
+        if args.out:
+            cli.write_json(args.out, report.metrics(system, args.task, data=str(args.data)))
+        return
+    from hf import runs
 
     for path in filter(None, [*args.runs, args.base]):
-        if not subject.is_run(path) and args.out is None and path != args.base:
+        if not runs.is_run(path) and args.out is None and path != args.base:
             raise UserError(f"{path}: is a Hugging Face folder; say with --out where the results should go")
-    device, _ = runs.hardware(args.device)
-    found, folders = [], []
-    for path, name in zip(args.runs, names(args.runs), strict=True):
-        folders.append(args.out / name if args.out and len(args.runs) > 1 else args.out or path)
-        found.append(subject.evaluate(path, name, folders[-1], args, device))
-        print("\n" + "\n".join(results.summary(found[-1][0], args.task, args.data)))
-        print(f"{folders[-1]}: metrics.json, predictions.jsonl, tsne.png and spectrum.png are written")
-    table = results.markdown(results.comparison([result for result, _ in found], args.task, args.seed))
-    if len(found) > 1:
-        print("\n" + "\n".join(table))
+    systems = []
+    for path, name, folder in zip(args.runs, names, folders, strict=True):
+        systems.append(evaluate(path, name, folder, conversations, args, asked=digest))
+        report.show(systems[-1:], args)
+        print(f"{folder}: metrics.json, predictions.jsonl, tsne.png and spectrum.png are written")
+    if len(systems) > 1:
+        report.show(systems, args)
     if args.report:
-        report(found, folders, args, table)
+        report.write_comparison(systems, folders, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What JEPA did to the encodings. In: a model and examples. Out: the encodings, and a dict of figures about them.
 
 Three matrices, one row per example: text = Enc(Text), code = Enc(Code), pred = Pred(Enc(Text)), or Pred(Enc(Code)) of a
-model trained with --reverse, each read where training reads it. A low JEPA loss alone proves nothing: if all encodings
+model trained with --reverse, each taken where training takes it. A low JEPA loss alone proves nothing: if all encodings
 point the same way it is zero as well. Hence the controls: the cosine of *shuffled* pairs, retrieval, effective rank,
 and a map scored on rows it was not fitted to.
 """
@@ -12,74 +12,48 @@ import numpy as np
 import torch
 
 import data
+from jepa import pick
 
 
 @torch.inference_mode()
 def encode(model, examples, batch_size, layout="fused", front_pred=False, reverse=False):
     """{"text": (n, C), "pred": (n, C), "code": (n, C)} as float64 arrays, in the order of the examples."""
+    if any(e.own_text for e in examples):
+        layout = "paper"  # a fused row would share the conversation's TEXT
     device, k = model.pred.device, len(model.pred)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].full))
     found = {"text": {}, "pred": {}, "code": {}}
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
         members = [examples[i] for i in chosen]
-        trained = data.collate(members, k, layout=layout, front_pred=front_pred, reverse=reverse)
-        trained, plain = (batch.to(device) for batch in (trained, data.collate(members, 0, layout=layout)))
-        pred = model.encodings(model.hidden(trained), trained)[1 if reverse else 0]
-        text, code = model.encodings(model.hidden(plain), plain)
+        batch = data.collate(members, k, layout, front_pred=front_pred, reverse=reverse).to(device)
+        plain = data.collate(members, 0, layout).to(device)  # without [PRED]: its places are those of Enc
+        hidden = model.hidden(batch)  # what stands before [PRED] does not see it: one pass gives Enc and Pred
+        text, code = model.encodings(hidden, batch)
+        pred = code if reverse else text
+        if front_pred:  # here Text does see it
+            hidden = model.hidden(plain)
+        if reverse:
+            code = pick(hidden, plain.code_at).float()
+        else:
+            text = pick(hidden, plain.text_at).float()
         for name, states in (("text", text), ("pred", pred), ("code", code)):
             found[name] |= dict(zip(chosen, states.cpu().double().numpy(), strict=True))
     return {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}
 
 
+def sides(encodings, reverse=False):
+    """{name: (n, C)}: the two matrices that the JEPA loss compares, Text's first."""
+    if reverse:
+        return {"Enc(Text)": encodings["text"], "Pred(Enc(Code))": encodings["pred"]}
+    return {"Pred(Enc(Text))": encodings["pred"], "Enc(Code)": encodings["code"]}
+
+
+# ---- figures
+
+
 def unit(x):  # (n, C) -> (n, C)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def retrieval(query, key):  # (n, C), (n, C) -> (recall@1, mean reciprocal rank)
-    """How often, and how high, a query's own key stands when all keys are sorted by cosine. Ties count against it."""
-    similarity = unit(query) @ unit(key).T  # (n, n)
-    own = np.diag(similarity)[:, None]
-    rank = (similarity >= own - 1e-12).sum(axis=1)  # 1: nothing else is as close
-    return (rank == 1).mean(), (1 / rank).mean()
-
-
-def effective_rank(x):  # (n, C) -> number between 1 and C
-    """exp(entropy of the normalised singular values) of the centred matrix (Roy and Vetterli 2007)."""
-    values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
-    if values.sum() <= 1e-9 * len(x):
-        return 1.0  # all rows are the same point
-    share = values[values > 0] / values.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def mean_pairwise_cosine(x):  # (n, C) -> ()
-    n, total = len(x), unit(x).sum(axis=0)
-    return float((total @ total - n) / (n * (n - 1)))
-
-
-def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out rows, absolute residual as in the paper)
-    """How well the best linear map takes Text to Code.
-
-    absolute: min over W of |Text W - Code| (Frobenius), fitted to all rows and scored on them: it shrinks with the
-    encodings, and is 0 for n <= C. relative: squared error over that of predicting the mean Code, so that 0 is perfect
-    and 1 no better than a constant, on rows that the map has not seen. Of five rows three fit ridge regressions, one
-    chooses among them, one is scored.
-    """
-    absolute = np.linalg.norm(text @ np.linalg.lstsq(text, code, rcond=1e-6)[0] - code)
-    part = np.arange(len(text)) % 5
-    center, mean = text[part < 3].mean(axis=0), code[part < 3].mean(axis=0)
-    u, s, v = np.linalg.svd(text[part < 3] - center, full_matrices=False)
-    target = u.T @ (code[part < 3] - mean)
-
-    def residual(ridge, rows):
-        shrunk = (s / np.maximum(s**2 + ridge * s[0] ** 2, 1e-300))[:, None] * target
-        return np.square((text[rows] - center) @ v.T @ shrunk + mean - code[rows]).sum()
-
-    best = min(10.0 ** np.arange(-13, 4), key=lambda ridge: residual(ridge, part == 3))
-    spread = np.square(code[part == 4] - mean).sum()
-    negligible = 1e-12 * np.square(code).sum()  # all Codes are one point: nothing to be explained
-    return float(residual(best, part == 4) / spread) if spread > negligible else 1.0, float(absolute)
 
 
 def cosines(text, code, seed=0):  # (n, C), (n, C): arrays or tensors
@@ -106,29 +80,70 @@ def collapsed(cosines):
     return cosines["shuffled"] > 0.95 and cosines["pairs"] - cosines["shuffled"] < 0.01
 
 
-def sides(encodings, reverse=False):
-    """{name: (n, C)}: the two matrices that the JEPA loss compares, Text's first."""
-    if reverse:
-        return {"Enc(Text)": encodings["text"], "Pred(Enc(Code))": encodings["pred"]}
-    return {"Pred(Enc(Text))": encodings["pred"], "Enc(Code)": encodings["code"]}
+def mean_pairwise_cosine(x):  # (n, C) -> ()
+    n, total = len(x), unit(x).sum(axis=0)
+    return float((total @ total - n) / (n * (n - 1)))
 
 
-def report(encodings, seed=0, different_codes=None, reverse=False):
-    """All figures of a dict that `encode` made, for n >= 4 examples. different_codes: how many of the Codes are."""
+def ranks(query, key):  # (n, C), (n, C) -> (n,)
+    """Where a query's own key stands when all n keys are sorted by cosine, from 1. Ties count against it."""
+    similarity = unit(query) @ unit(key).T  # (n, n)
+    return (similarity >= np.diag(similarity)[:, None] - 1e-12).sum(axis=1)
+
+
+def effective_rank(x):  # (n, C) -> number between 1 and C
+    """exp(entropy of the normalised singular values) of the centred matrix (Roy and Vetterli 2007)."""
+    values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    if values.sum() <= 1e-9 * len(x):
+        return 1.0  # all rows are the same point
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out rows, absolute residual as in the paper)
+    """How well the best linear map takes Text to Code.
+
+    absolute: min over W of |Text W - Code| (Frobenius), fitted to all rows and scored on them: it shrinks with the
+    encodings, and is 0 for n <= C. relative: squared error over that of predicting the mean Code, so that 0 is perfect
+    and 1 no better than a constant, on rows that the map has not seen. Of five rows three fit ridge regressions, one
+    chooses among them, one is scored; of fewer than five rows none is left, and the relative residual is None.
+    """
+    absolute = float(np.linalg.norm(text @ np.linalg.lstsq(text, code, rcond=1e-6)[0] - code))
+    if len(text) < 5:
+        return None, absolute
+    part = np.arange(len(text)) % 5
+    center, mean = text[part < 3].mean(axis=0), code[part < 3].mean(axis=0)
+    u, s, v = np.linalg.svd(text[part < 3] - center, full_matrices=False)
+    target = u.T @ (code[part < 3] - mean)
+
+    def residual(ridge, rows):
+        shrunk = (s / np.maximum(s**2 + ridge * s[0] ** 2, 1e-300))[:, None] * target
+        return np.square((text[rows] - center) @ v.T @ shrunk + mean - code[rows]).sum()
+
+    best = min(10.0 ** np.arange(-13, 4), key=lambda ridge: residual(ridge, part == 3))
+    spread = np.square(code[part == 4] - mean).sum()
+    negligible = 1e-12 * np.square(code).sum()  # all Codes are one point: nothing to be explained
+    return float(residual(best, part == 4) / spread) if spread > negligible else 1.0, absolute
+
+
+def measure(encodings, cosines, different_codes=None, reverse=False):
+    """All figures of what `encode` and `cosines` made of n >= 4 examples. different_codes: how many Codes differ."""
     text, code = sides(encodings, reverse).values()
-    aligned, shuffled, _ = cosines(text, code, seed).values()
-    relative, absolute = linear_map(encodings["text"], encodings["code"])
-    counts = {"n": len(text), "different_codes": different_codes or len(text)}
-    figures = {"cosine_aligned": aligned, "cosine_shuffled": shuffled, "cosine_gap": aligned - shuffled}
+    pairs, shuffled = cosines["pairs"], cosines["shuffled"]
+    figures = {"cosine_aligned": pairs, "cosine_shuffled": shuffled, "cosine_gap": pairs - shuffled}
     for name, (query, key) in {"text_to_code": (text, code), "code_to_text": (code, text)}.items():
-        figures[f"retrieval_at_1_{name}"], figures[f"mrr_{name}"] = retrieval(query, key)
+        rank = ranks(query, key)
+        figures |= {f"retrieval_at_1_{name}": (rank == 1).mean(), f"retrieval_at_10_{name}": (rank <= 10).mean(),
+                    f"mrr_{name}": (1 / rank).mean()}
     for name, matrix in encodings.items():
         figures[f"effective_rank_{name}"] = effective_rank(matrix)
         figures[f"mean_pairwise_cosine_{name}"] = mean_pairwise_cosine(matrix)
+    relative, absolute = linear_map(encodings["text"], encodings["code"])
     top = np.linalg.svd(encodings["text"] - encodings["code"], compute_uv=False)[:100]
     figures |= {"linear_residual_relative": relative, "linear_residual_absolute": absolute,
                 "top100_singular_values_of_difference": top.mean()}
-    return counts | {name: round(float(value), 6) + 0.0 for name, value in figures.items()}
+    rounded = {name: None if value is None else round(float(value), 6) + 0.0 for name, value in figures.items()}
+    return {"n": len(text), "different_codes": different_codes or len(text)} | rounded
 
 
 def verdict(figures):

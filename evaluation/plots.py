@@ -2,21 +2,35 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from hf import runs
 from support.cli import writing
 
-matplotlib.use("Agg")  # files only: works without a screen
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
+def panels(*size, **options):
+    """(figure, axes) to draw on."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: works without a screen
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*size, **options)
+
+
+def save(figure, path):
+    """Write a figure, whole or not at all."""
+    from matplotlib import pyplot
+
+    with writing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight", metadata={"Software": "nano-llm-jepa"})
+    pyplot.close(figure)
+
+
 def legible(name, most=50):
-    """A file's or run's name as a picture can show it: no formula between its $, no bytes that are no text, not long."""
+    """A file's or run's name as a picture can show it: not long, all of it text, no formula between its $."""
     name = str(name).encode("utf-8", "backslashreplace").decode()
     if len(name) > most:
         name = f"{name[:most // 2]}...{name[-most // 2 + 3:]}"
@@ -32,13 +46,6 @@ def training_of(run):
                    f"seed {arguments.get('seed')}", 90)
 
 
-def save(figure, path):
-    """Write a figure, whole or not at all."""
-    with writing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 PANELS = {  # title: {key in log.jsonl: (how it is drawn, name in the panel's own legend)}
     "next-token loss (nats per token)": {"lm": ("-", "training"), "val_lm": ("o", "validation")},
     "JEPA loss (distance per pair)": {"jepa": ("-", "training"), "val_jepa": ("o", "validation")},
@@ -52,28 +59,32 @@ def curves(folders, path):
 
     A small JEPA loss is a success only while the cosine of shuffled pairs stays away from that of true pairs.
     """
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.5), layout="constrained")
     named = folders if isinstance(folders, dict) else {Path(folder).name: folder for folder in folders}
-    for (name, folder), colour in zip(named.items(), COLOURS * len(named), strict=False):
-        lines = runs.read_log(folder)
-        for axis, keys in zip(axes, PANELS.values(), strict=True):
-            for key, (style, _) in keys.items():
-                points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-                width = 1 if style == "-" else 1.5
-                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=colour, linewidth=width, markersize=4, alpha=0.7)
-        axes[0].plot([], "-o", color=colour, markersize=4, label=f"{legible(name)} ({training_of(folder)})")
-    figure.legend(loc="outside lower center", ncols=1)
+    logs = [runs.read_log(folder) for folder in named.values()]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(logs))]
+    figure, axes = panels(1, len(PANELS), figsize=(15, 4.5), layout="constrained")
     for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
+        for key, (style, label) in keys.items():
+            axis.plot([], style, color="#555555", markersize=4, label=label)
+            for lines, colour in zip(logs, colours, strict=True):
+                points = [(line["step"], line[key]) for line in lines if drawable(line["step"], line.get(key))]
+                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=colour, linewidth=1.2, markersize=4, alpha=0.7)
         axis.set(xlabel="optimizer step", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(handles=[Line2D([], [], color="#555555", markersize=4, linestyle=style.rstrip("osx") or "none",
-                                    marker=style[-1] if style[-1] in "osx" else "none", label=label)
-                             for style, label in keys.values()], fontsize="small")
+        axis.legend(fontsize="small")
     axes[2].set_ylim(top=1.05)
     for axis in axes[:2]:
         if np.isfinite(axis.dataLim.ymin) and axis.dataLim.ymin > 0:
             axis.set_yscale("log")
+    labels = [f"{legible(name)} ({training_of(folder)})" for name, folder in named.items()]
+    lines = [axes[0].plot([], "-o", color=colour, markersize=4)[0] for colour in colours]
+    figure.legend(lines, labels, loc="outside lower center", ncols=1)
     save(figure, path)
+
+
+def drawable(*values):
+    """Are these numbers, and of a size that a picture has room for? In a log there may be anything."""
+    return all(isinstance(value, (int, float)) and abs(value) < 1e30 for value in values)
 
 
 def tsne(sides, title, path, most=500):
@@ -86,7 +97,7 @@ def tsne(sides, title, path, most=500):
     both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)  # the loss compares directions
     start = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of a single point is not defined
     points = TSNE(perplexity=min(30, (len(both) - 1) / 3), init=start, random_state=0).fit_transform(both)
-    figure, axis = plt.subplots(figsize=(7, 7))
+    figure, axis = panels(figsize=(7, 7))
     axis.plot(*np.stack([points[:n], points[n:]]).transpose(2, 0, 1), color="#999999", linewidth=0.5, alpha=0.3)
     axis.scatter(*points[:n].T, s=12, color=COLOURS[0], marker="o", label=f"Text: {text_name}")
     axis.scatter(*points[n:].T, s=12, color=COLOURS[1], marker="^", label=f"Code: {code_name}")
@@ -98,16 +109,17 @@ def tsne(sides, title, path, most=500):
 def spectrum(models, title, path):
     """Singular values of the centred encodings of models: {name: {"text": (n, C), "pred": ..., "code": ...}}."""
     labels = {"text": "Enc(Text)", "pred": "prediction, from the last [PRED]", "code": "Enc(Code)"}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), sharey=True, layout="constrained")
+    figure, axes = panels(1, 3, figsize=(12, 4.5), sharey=True, layout="constrained")
     for axis, (which, label) in zip(axes, labels.items(), strict=True):
-        for (name, encodings), colour in zip(models.items(), COLOURS * len(models), strict=False):
+        for encodings, colour in zip(models.values(), COLOURS * len(models), strict=False):
             x = encodings[which]
             values = np.linalg.svd((x - x.mean(axis=0)) / np.sqrt(len(x)), compute_uv=False)
             values = values[: len(x) - 1]  # centred rows span one dimension less: the next one is zero
-            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour, label=legible(name))
+            axis.plot(range(1, len(values) + 1), np.maximum(values, 1e-9), color=colour)
         axis.set(xlabel="index", title=label, yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("singular value / sqrt(n)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)))
+    labels = [legible(name) for name in models]
+    figure.legend(axes[0].get_lines(), labels, loc="outside lower center", ncols=min(3, len(models)))
     figure.suptitle(legible(title, 200))
     save(figure, path)

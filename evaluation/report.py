@@ -1,30 +1,31 @@
-"""From outputs to figures: judge every row, sum up, compare systems. In: outputs and conversations. Out: plain dicts.
+"""From judged rows to what people see: rates with intervals, tables that compare systems, the files of an evaluation.
 
-Nothing here knows models or tokens, so the outputs of any system can be scored. Whether one answer is right is decided
-in score.py and regular.py; eval.py prints and writes what this file makes.
+Nothing here knows models or tokens: a system is its rows (see tasks.py) and, if it is a model, figures on its encodings
+(see encodings.py). Files carry a mark by which a later evaluation knows that it may replace them.
 """
 
 import json
-import sys
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
 
-from tqdm import tqdm
-
-from evaluation import regexes as regular
 from evaluation import statistics
-from evaluation import tasks as score
+from evaluation.tasks import REASONS
+from support import cli
 from support.cli import UserError
 
 RATES = {"exact": "exact match", "prefix": "starts with the gold answer", "contains": "contains the gold answer",
          "stopped": "ended by the stop token", "same_language": "same language as the gold regex",
          "spider": "same result when executed", "gsm8k": "right number after ####", "nq_open": "names a gold answer",
          "label": "right label", "hellaswag": "right letter", "ending": "likeliest ending is right"}
-REASONS = ("stopped too early", "cut off by the budget", "ran on", "other")
 FIGURES = {
     "cosine_aligned": "cosine of pairs, prediction and target", "cosine_shuffled": "cosine of shuffled pairs",
-    "cosine_gap": "pairs minus shuffled pairs",
+    "cosine_gap": "pairs minus shuffled pairs", "n": "candidates for retrieval",
     "retrieval_at_1_text_to_code": "retrieval@1, Text to Code",
     "retrieval_at_1_code_to_text": "retrieval@1, Code to Text",
+    "retrieval_at_10_text_to_code": "recall@10, Text to Code",
+    "retrieval_at_10_code_to_text": "recall@10, Code to Text",
     "mrr_text_to_code": "mean reciprocal rank, Text to Code", "mrr_code_to_text": "mean reciprocal rank, Code to Text",
     "effective_rank_text": "effective rank, Enc(Text)", "effective_rank_pred": "effective rank, predictions",
     "effective_rank_code": "effective rank, Enc(Code)", "mean_pairwise_cosine_text": "mean pairwise cosine, Enc(Text)",
@@ -37,119 +38,18 @@ FIGURES = {
 
 
 @dataclass
-class Result:
+class Evaluated:
     """What was found about one system."""
 
     name: str
-    rows: list  # what `judge` makes
-    figures: dict = field(default_factory=dict)  # about the encodings (representation.report); empty without a model
+    rows: list  # one dict a row: answer, question, gold answer, scores
+    figures: dict = field(default_factory=dict)  # about the encodings; empty without a model
     before: dict = field(default_factory=dict)  # the same figures of the model that training began with
     verdict: str = ""  # one sentence on the encodings
+    spectra: dict = field(default_factory=dict)  # {name: encodings} to be drawn: of the model, and of the one before
 
 
-def progress(rows, label, **options):
-    """A progress bar with an estimate of the time left; in a log file only now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(rows, label, unit="row", leave=False, mininterval=interval, **options)
-
-
-def check_answered(conversations):
-    """Refuse rows that have no gold answer to score by."""
-    for conversation in conversations:
-        if [message["role"] for message in conversation.messages[-2:]] != ["user", "assistant"]:
-            raise UserError(f"{conversation.where}: must end with a question and its answer, to be scored by")
-
-
-def row_number(conversation):
-    """The line of the data file that a conversation stands on."""
-    return int(conversation.where.rpartition(":")[2])
-
-
-def read_outputs(path, conversations):
-    """(answers, the conversations that they answer) from the file of another system, or from eval.py's predictions.
-
-    Line i is {"output": ...} for conversation i; or each line says by "row" which line of the data it answers, and then
-    some may be missing. Of other keys only "stopped" and "ending_letter" count, which eval.py itself writes.
-    """
-    lines = _objects(path)
-    by_row = {row_number(conversation): conversation for conversation in conversations}
-    numbered, left = "row" in lines[0], dict(by_row)
-    if len(lines) > len(by_row):
-        raise UserError(f"{path}:{len(by_row) + 1}: --data has only {len(by_row)} rows; give one output for each")
-    answers = []
-    for number, made in enumerate(lines, 1):
-        row = made.get("row") if numbered else next(iter(left))
-        if not isinstance(row, int) or row not in by_row:
-            raise UserError(f"{path}:{number}: --data has no row {row}; are these the outputs for another file?")
-        if left.pop(row, None) is None:
-            raise UserError(f"{path}:{number}: is another output for row {row} of --data; give one for each")
-        answers.append({"row": row, "output": made["output"]})
-        answers[-1] |= {name: made[name] for name, kind in (("stopped", bool), ("ending_letter", str))
-                        if isinstance(made.get(name), kind)}
-    if left and not numbered:
-        missing = next(iter(left.values())).where
-        raise UserError(f"{path}:{len(lines) + 1}: the file ends, with no output for {missing} and what follows; "
-                        f"give {len(by_row)} outputs, or --limit {len(lines)}")
-    if left:
-        print(f"{path.name} answers {len(lines)} of {len(by_row)} rows; the others are left out", file=sys.stderr)
-    return answers, [by_row[answer["row"]] for answer in answers]
-
-
-def _objects(path):
-    """The objects of a JSONL file of outputs: at least one, each with a string "output"."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028 as it is
-    except (OSError, UnicodeDecodeError) as failure:
-        raise UserError(f"{path}: cannot be read ({failure}); give a JSONL file of outputs") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    objects = []
-    for number, line in enumerate(lines, 1):
-        try:
-            objects.append(json.loads(line))
-        except (ValueError, RecursionError):
-            objects.append(None)
-        if not isinstance(objects[-1], dict) or not isinstance(objects[-1].get("output"), str):
-            raise UserError(f'{path}:{number}: must be {{"output": "..."}}, one line for each row of --data')
-    if not objects:
-        raise UserError(f'{path}: is empty; give {{"output": "..."}}, one line for each row of --data')
-    return objects
-
-
-def judge(answers, conversations, task, databases=None, is_regex=False):
-    """One dict per row: the answer, question, gold answer, each score (None: cannot be scored), why it is wrong."""
-    rows, broken = [], 0
-    pairs = progress(zip(answers, conversations, strict=True), "scores", total=len(answers))
-    for made, conversation in pairs:
-        user, gold = (message["content"] for message in conversation.messages[-2:])
-        output = made["output"]
-        row = made | {"text": user, "gold": gold, "exact": score.exact(output, gold),
-                      "prefix": score.starts_with_gold(output, gold), "contains": gold.strip() in output}
-        if is_regex:
-            row["same_language"] = regular.same_regex(output, gold)
-        if "ending_letter" in made:
-            row["ending"] = made["ending_letter"] == gold.strip()
-        if task != "exact":
-            try:
-                row[task] = score.correct(task, output, gold, user, databases)
-            except score.CannotScore as reason:
-                row[task], broken = None, broken + 1
-                if broken <= 20:
-                    tqdm.write(f"{conversation.where}: cannot be scored, left out: {reason}", file=sys.stderr)
-        row["wrong_because"] = why(output.strip(), gold.strip(), made.get("stopped")) if row[task] is False else None
-        rows.append(row)
-    if broken == len(rows):
-        raise UserError(f"none of the {broken} rows can be scored as {task}; is it the right --task or --databases?")
-    if broken > 20:
-        print(f"and {broken - 20} more rows that cannot be scored", file=sys.stderr)
-    return rows
-
-
-def why(output, gold, stopped):
-    """How a wrong output differs from the gold answer: one of REASONS. stopped: did the model end it? None: unknown."""
-    if gold.startswith(output):
-        return "cut off by the budget" if stopped is False else "stopped too early"
-    return "ran on" if output.startswith(gold) else "other"
+# ---- figures
 
 
 def rates(rows):
@@ -163,82 +63,160 @@ def rates(rows):
     return shares
 
 
-def metrics(result, task, **more):
+def metrics(system, task, **more):
     """What metrics.json holds."""
-    rows = result.rows
-    found = {"system": result.name, "task": task, "n": len(rows), **more, "rates": rates(rows),
-             "unscorable": sum(row.get(task, True) is None for row in rows),
+    rows = system.rows
+    found = {"made_by": "nano-llm-jepa", "system": system.name, "task": task, "n": len(rows), **more,
+             "rates": rates(rows), "unscorable": sum("cannot_score" in row for row in rows),
+             "undecided": sum("undecided" in row for row in rows),
              "wrong": {reason: sum(row["wrong_because"] == reason for row in rows) for reason in REASONS}}
-    if result.figures:
-        found |= {"representation": result.figures, "verdict": result.verdict}
-    if result.before:
-        found["representation_before"] = result.before
+    if system.figures:
+        found |= {"representation": system.figures, "verdict": system.verdict}
+    if system.before:
+        found["representation_before"] = system.before
     return found
 
 
-# ---- what people read
-
-
-def summary(result, task, data_name):
-    """Lines that say what one wants to know about one system, on one screen."""
-    found = metrics(result, task)
-    lines = [f"{result.name} on {data_name}: {found['n']} rows, task {task}"]
-    for name, share in found["rates"].items():
-        interval = f"95 % interval [{share['low']:6.1%}, {share['high']:6.1%}]"
-        lines.append(f"  {RATES[name]:32s} {share['value']:7.2%}   {interval}")
-    if found["unscorable"]:
-        lines.append(f"  {found['unscorable']} rows cannot be scored and are left out of the rate above")
-    lines.append("  wrong: " + ", ".join(f"{n} {reason}" for reason, n in found["wrong"].items()))
-    if result.figures:
-        lines.append(f"{'Encodings':54s} {'before':>10s} {'after':>10s}" if result.before else "Encodings")
-        for name, label in FIGURES.items():
-            values = [figures[name] for figures in (result.before, result.figures) if figures]
-            lines.append(f"  {label:52s} " + " ".join(f"{value:10.4f}" for value in values))
-        lines.append(f"  {result.verdict}")
-    return lines
-
-
-def comparison(results, task, seed):
-    """Rows of a table: every metric of every system, the differences to the first, why outputs are wrong, figures."""
-    first, rest = results[0], results[1:]
-    every = [rates(result.rows) for result in results]
-    table = [["", *(result.name for result in results)], ["rows", *(str(len(result.rows)) for result in results)]]
-    for name, label in RATES.items():
-        cells = [f"{s[name]['value']:.2%} [{s[name]['low']:.1%}, {s[name]['high']:.1%}]" if name in s else "-"
-                 for s in every]
-        if any(cell != "-" for cell in cells):
-            table.append([label, *cells])
-    for metric in dict.fromkeys(("exact", task, "same_language", "ending") if rest else ()):
-        if metric in every[0]:
-            differences = [difference(result, first, metric, seed) for result in rest]
-            table.append([f"{RATES[metric]}: difference to {first.name}", "", *(cells[0] for cells in differences)])
-            table.append([f"{RATES[metric]}: McNemar's p", "", *(cells[1] for cells in differences)])
-    for reason in REASONS:
-        counts = [sum(row["wrong_because"] == reason for row in result.rows) for result in results]
-        table.append([f"wrong: {reason}", *map(str, counts)])
-    for name, label in FIGURES.items() if first.figures else ():
-        table.append([label, *(f"{result.figures[name]:.4f}" for result in results)])
-        if first.before:
-            table.append([f"{label}: before", *(f"{result.before[name]:.4f}" for result in results)])
-    return table
-
-
-def difference(result, first, metric, seed):
+def difference(system, first, metric, seed):
     """(paired bootstrap of the difference in a metric, McNemar's p), as text, over the rows that both have."""
     theirs = {row["row"]: row.get(metric) for row in first.rows}
-    pairs = [(row.get(metric), theirs.get(row["row"])) for row in result.rows]
+    pairs = [(row.get(metric), theirs.get(row["row"])) for row in system.rows]
     pairs = [pair for pair in pairs if None not in pair]
     if not pairs:
         return "-", "-"
     ours, others = zip(*pairs, strict=True)
     middle, low, high = statistics.paired_bootstrap(ours, others, seed)
-    fewer = f", {len(pairs)} rows" if len(pairs) < max(len(result.rows), len(first.rows)) else ""
+    fewer = f", {len(pairs)} rows" if len(pairs) < max(len(system.rows), len(first.rows)) else ""
     return f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]{fewer}", f"{statistics.mcnemar(ours, others):.3g}"
 
 
-def markdown(table):
+# ---- tables
+
+
+def table(systems, task, seed):
+    """Lines of a table: each metric of every system, differences to the first, why outputs are wrong, encodings."""
+    first, rest = systems[0], systems[1:]
+    every = [rates(system.rows) for system in systems]
+    cells = [["", *(system.name for system in systems)], ["rows", *(str(len(system.rows)) for system in systems)]]
+    for name, label in RATES.items():
+        if any(name in shares for shares in every):
+            cells.append([label, *(percent(shares.get(name)) for shares in every)])
+    for metric in dict.fromkeys(("exact", task, "same_language", "ending") if rest else ()):
+        if metric in every[0]:
+            middles, p_values = zip(*(difference(system, first, metric, seed) for system in rest), strict=True)
+            cells.append([f"{RATES[metric]}: difference to {first.name}", "", *middles])
+            cells.append([f"{RATES[metric]}: McNemar's p", "", *p_values])
+    for reason in REASONS:
+        counts = [sum(row["wrong_because"] == reason for row in system.rows) for system in systems]
+        cells.append([f"wrong: {reason}", *map(str, counts)])
+    for name, label in FIGURES.items() if first.figures else ():
+        cells.append([label, *(number(system.figures[name]) for system in systems)])
+        if first.before and name != "n":
+            cells.append([f"{label}: before", *(number(system.before[name]) for system in systems)])
+    return markdown(cells)
+
+
+def percent(share):
+    return f"{share['value']:.2%} [{share['low']:.1%}, {share['high']:.1%}]" if share else "-"
+
+
+def number(value):
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def markdown(cells):
     """The lines of a Markdown table, its columns padded so that it can be read as it stands."""
-    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def show(systems, args):
+    """Print a table of systems, and of a single one what the table does not say."""
+    print(f"\n{args.data.name}, task {args.task}", *table(systems, args.task, args.seed), sep="\n")
+    if len(systems) > 1:
+        return
+    found = metrics(systems[0], args.task)
+    if found["unscorable"]:
+        print(f"{found['unscorable']} rows cannot be scored and are left out")
+    if found["undecided"]:
+        print(f"{found['undecided']} regexes are too hard to compare with the gold one, and count as different")
+    if systems[0].verdict:
+        print(systems[0].verdict)
+
+
+# ---- files
+
+# One of these stands in every file that an evaluation (or, of pictures, training) leaves.
+MARKS = (b'"made_by": "nano-llm-jepa"', b'"wrong_because"', b"Software\0nano-llm-jepa", b"<!-- nano-llm-jepa -->")
+
+
+def check_places(args, folders):
+    """Refuse to write where an input would be lost, or a file that was not made here. folders: of the models."""
+    outputs = [file for folder in folders for file in files_of(folder)]
+    outputs += [args.out] if args.predictions and args.out else []
+    outputs += [args.report, *pictures_of(args.report).values()] if args.report else []
+    for path in filter(os.path.lexists, outputs):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file to write")
+        if any(source and source.exists() and path.samefile(source) for source in (args.data, args.predictions)):
+            raise UserError(f"{path}: is read as well, and would be lost; choose another place for the results")
+        content = path.read_bytes() if path.is_file() else b""
+        if not any(mark in content for mark in MARKS):
+            raise UserError(f"{path}: is there, and not from an earlier evaluation; choose another place, or move it")
+
+
+def files_of(folder):
+    """What `write_model` leaves in a folder."""
+    return [folder / name for name in ("metrics.json", "predictions.jsonl", "tsne.png", "spectrum.png")]
+
+
+def pictures_of(path):
+    """{name: file} of the pictures that `write_comparison` draws beside a report."""
+    return {name: path.with_name(f"{path.stem}-{name}.png") for name in ("spectrum", "curves")}
+
+
+def write_model(system, sides, folder, title, task, **about):
+    """Leave what was found about a model in a folder. sides: see encodings.py. about: more for metrics.json."""
+    from evaluation import plots  # and with it models, which --predictions does without
+
+    metrics_file, rows_file, tsne, spectrum = files_of(folder)
+    cli.write(rows_file, "".join(json.dumps(row) + "\n" for row in system.rows))
+    cli.write_json(metrics_file, metrics(system, task, **about))
+    pairs, shuffled = system.figures["cosine_aligned"], system.figures["cosine_shuffled"]
+    cosines = f"cosine of pairs {pairs:.3f}, of shuffled pairs {shuffled:.3f}"  # t-SNE would not show a collapse
+    plots.tsne(sides, f"{title}\n{cosines}", tsne)
+    plots.spectrum(system.spectra, title, spectrum)
+
+
+def write_comparison(systems, folders, args):
+    """Write the table as Markdown, with the spectra and curves of all models overlaid, and each one's t-SNE."""
+    from evaluation import plots
+
+    names, pictures = [system.name for system in systems], pictures_of(args.report)
+    title = f"{args.data.name}, n = {len(systems[0].rows)}, task {args.task}"
+    plots.spectrum({name: x for system in systems for name, x in system.spectra.items()}, title, pictures["spectrum"])
+    logs = {name: run for name, run in zip(names, args.runs, strict=True) if (run / "log.jsonl").exists()}
+    if logs:
+        plots.curves(logs, pictures["curves"])
+    else:
+        del pictures["curves"]
+    pictures |= {f"t-SNE, {name}": files_of(folder)[2] for name, folder in zip(names, folders, strict=True)}
+    lines = ["<!-- nano-llm-jepa -->", f"# {', '.join(names)} on {title}", ""]
+    lines += [*table(systems, args.task, args.seed), ""]
+    lines += [f"{system.name}: {system.verdict}\n" for system in systems]
+    for name, picture in pictures.items():
+        address = os.fsencode(Path(os.path.relpath(picture, args.report.parent)).as_posix())
+        lines.append(f"![{name}](<{quote(address, safe=b' /')}>)")
+    cli.write(args.report, "\n".join(lines) + "\n")
+    print(f"{args.report} is written")
+
+
+def short_names(paths):
+    """A short name for each folder: the last part of its path, and of more parts if those are not different."""
+    for depth in range(1, 20):
+        found = ["-".join(path.resolve().parts[1:][-depth:]) for path in paths]
+        if len(set(found)) == len(paths):
+            return found
+    raise UserError("a RUN is given twice; give different ones")

@@ -5,6 +5,7 @@ read-only, may call only listed functions, and ends at a limit of time, memory o
 """
 
 import contextlib
+import math
 import re
 import sqlite3
 import time
@@ -72,15 +73,26 @@ def run_query(query, database, seconds, max_rows=MAX_ROWS):
         raise QueryFailed(str(error) or type(error).__name__) from error
 
 
-def comparable(row):
-    """A row whose numbers compare by value: 1 = 1.0, and floats are equal when 12 digits are. NULL equals NULL alone.
+def comparable(*results):
+    """The results (lists of rows) with numbers that agree in 12 digits made the same one, whatever their type.
 
-    >>> comparable((1.0, 0.1 + 0.2, "1", None)) == (1, 0.3, "1", None)
-    True
+    >>> comparable([(1.0, 0.1 + 0.2, "1", None)], [(1, 0.3, "1", None)])
+    [[(1, 0.3, '1', None)], [(1, 0.3, '1', None)]]
     """
-    def number(value):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.12g}")
-    return tuple(number(value) if isinstance(value, float) else value for value in row)
+    floats = sorted({value for rows in results for row in rows for value in row if isinstance(value, float)})
+    known, last = {}, None
+    for value in floats:
+        if not (last is not None and math.isclose(value, last, rel_tol=5e-12)):
+            whole = abs(value) < 2**53 and math.isclose(value, round(value), rel_tol=5e-12)
+            first = round(value) if whole else value
+        known[value], last = first, value
+    same = lambda value: known[value] if isinstance(value, float) else value  # noqa: E731
+    return [[tuple(map(same, row)) for row in rows] for rows in results]
+
+
+COMMENT = r"--[^\n]*|/\*.*?(?:\*/|\Z)"
+TOKENS = re.compile(rf"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*]|{COMMENT}|[()]|\border(?>(?:\s|{COMMENT})+)by\b""",
+                    re.IGNORECASE | re.DOTALL)
 
 
 def ordered(query):
@@ -90,8 +102,7 @@ def ordered(query):
     (True, False)
     """
     depth = 0
-    for token in re.findall(r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*]|--[^\n]*|/\*.*?\*/|[()]|\border\s+by\b""", query,
-                            re.IGNORECASE | re.DOTALL):
+    for token in TOKENS.findall(query):
         depth += {"(": 1, ")": -1}.get(token, 0)
         if depth == 0 and token[0] in "oO":
             return True
@@ -115,7 +126,8 @@ def spider(output, gold, database, seconds=5.0):
     except QueryFailed:
         return False
     collect = list if ordered(gold) else Counter
-    return found_columns == columns and collect(map(comparable, found)) == collect(map(comparable, expected))
+    found, expected = map(collect, comparable(found, expected))
+    return found_columns == columns and found == expected
 
 
 def spider_database(user, folder):

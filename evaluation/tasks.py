@@ -1,7 +1,8 @@
 """Is one answer right? In: what the model wrote, what the data set says. Out: True or False.
 
-`correct(task, output, gold, ...)` is the one face of all tasks. Nothing here knows models or tokens. An empty output is
-wrong in every task. SQL is executed in `sql.py`, regexes are compared as languages in `regexes.py`.
+`correct(task, output, gold, ...)` is the one face of all tasks; `judge` says all else that is known about an answer.
+Nothing here knows models or tokens. An empty output is wrong in every task. SQL is executed in `sql.py`, regexes are
+compared as languages in `regexes.py`.
 """
 
 import re
@@ -9,6 +10,7 @@ import string
 from decimal import Decimal
 from pathlib import Path
 
+from evaluation.regexes import same_regex
 from evaluation.sql import CannotScore, spider, spider_database
 
 # --- plain comparisons ---------------------------------------------------------------------------------------------
@@ -115,3 +117,37 @@ def correct(task, output, gold, user="", databases=None):
     if task == "spider":
         return spider(output, gold, spider_database(user, databases))
     return TASKS[task](output, gold)
+
+
+# --- one answer, all that is said about it -------------------------------------------------------------------------
+
+REASONS = ("stopped too early", "cut off by the budget", "ran on", "other")
+
+
+def judge(row, task, databases=None, is_regex=False):
+    """The scores of a row {"output", "text", "gold", "exact", ...} besides "exact", and why it is wrong.
+
+    A score is True or False, or None where the row "cannot_score". Regexes too hard to compare count as different.
+    """
+    output, gold = row["output"], row["gold"]
+    found = {"prefix": starts_with_gold(output, gold), "contains": gold.strip() in output}
+    if is_regex:
+        same = same_regex(output, gold)
+        found |= {"same_language": bool(same)} | ({"undecided": True} if same is None else {})
+    if "ending_letter" in row:
+        found["ending"] = row["ending_letter"] == gold.strip()
+    if task != "exact":
+        try:
+            found[task] = correct(task, output, gold, row["text"], databases)
+        except CannotScore as reason:
+            found |= {task: None, "cannot_score": str(reason)}
+    wrong = (row | found)[task] is False
+    found["wrong_because"] = why(output.strip(), gold.strip(), row.get("stopped")) if wrong else None
+    return found
+
+
+def why(output, gold, stopped):
+    """How a wrong output differs from the gold answer: one of REASONS. stopped: did the model end it? None: unknown."""
+    if gold.startswith(output):
+        return "cut off by the budget" if stopped is False else "stopped too early"
+    return "ran on" if output.startswith(gold) else "other"

@@ -15,9 +15,7 @@ from test_train import SMALL, inside, toy_rows
 import data
 import eval as eval_script
 import hf
-from evaluation import generate
-from evaluation import report as results
-from evaluation import tasks as score
+from evaluation import generate, report, statistics, tasks
 from hf import runs
 from jepa import mask
 from support import cli
@@ -77,6 +75,12 @@ def write(path, *rows):
     return path
 
 
+def cells(text, column=2):
+    """{label: cell of a column} of the Markdown table in a text."""
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    return {row[1].strip(): row[column].strip() for row in rows}
+
+
 def chat(user, answer):
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
 
@@ -92,7 +96,7 @@ def test_metrics_are_those_of_the_predictions(trained, rows, capsys):
     assert [p["gold"] for p in predictions] == golds and [p["row"] for p in predictions] == list(range(1, 31))
     exact = sum(p["output"] == gold for p, gold in zip(predictions, golds, strict=True))
     assert found["rates"]["exact"]["value"] == exact / 30 > 0.2
-    assert (found["rates"]["exact"]["low"], found["rates"]["exact"]["high"]) == score.wilson(exact, 30)
+    assert (found["rates"]["exact"]["low"], found["rates"]["exact"]["high"]) == statistics.wilson(exact, 30)
     prefix = sum(p["output"].startswith(gold) for p, gold in zip(predictions, golds, strict=True))
     assert found["rates"]["prefix"]["value"] == prefix / 30
     assert found["rates"]["stopped"]["value"] == sum(p["stopped"] for p in predictions) / 30
@@ -110,7 +114,8 @@ def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
     model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), hf.tokenizer("synth")
     examples = [data.example(c, tokenizer) for c in data.read(rows)]
     with torch.no_grad():
-        text, code = model.encodings(data.collate(examples, 1, layout="paper", reverse=True))
+        batch = data.collate(examples, 1, layout="paper", reverse=True)
+        text, code = model.encodings(model.hidden(batch), batch)
     found = metrics(tmp_path / "run")["representation"]["cosine_aligned"]
     assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)
 
@@ -161,7 +166,7 @@ def test_the_best_weights_are_evaluated_or_else_the_last(trained, rows, tmp_path
     shutil.copytree(trained[0] / "best", run / "best")
     for source in ("best", "checkpoint"):
         call(run, "--data", rows, "--max_new_tokens", "1")
-        assert runs.sha256(run / source / "model.safetensors")[:16] in metrics(run)["weights"]
+        assert runs.digest(*runs.model_files(run / source))[:16] in metrics(run)["weights"]
         shutil.rmtree(run / source)
 
 
@@ -217,8 +222,10 @@ def test_before_and_after(trained, rows, tmp_path, capsys):
     call(trained[1], "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "run", "--base", trained[0])
     found, base = metrics(tmp_path / "run"), metrics(tmp_path / "base")
     assert found["representation_before"] == base["representation"] != found["representation"]
-    shown = f"{base['representation']['effective_rank_code']:10.4f}"
-    assert shown + " " + f"{found['representation']['effective_rank_code']:10.4f}" in capsys.readouterr().out
+    shown = cells(capsys.readouterr().out)
+    assert shown["effective rank, Enc(Code)"] == f"{found['representation']['effective_rank_code']:.4f}"
+    assert shown["effective rank, Enc(Code): before"] == f"{base['representation']['effective_rank_code']:.4f}"
+    assert shown["candidates for retrieval"] == "30" and "recall@10, Text to Code" in shown
 
 
 def test_gold_answers_beyond_the_budget_are_told_of(trained, rows, tmp_path, capsys):
@@ -262,21 +269,21 @@ def test_comparison_and_report(trained, rows, tmp_path, capsys):
         file.write('{"step": 3, "l')  # as of a run that goes on
     call(*trained, "--data", rows, "--max_new_tokens", "12", "--out", tmp_path, "--report", tmp_path / "r/a b.md",
          "--base", trained[0])
-    shown, report = capsys.readouterr().out, (tmp_path / "r/a b.md").read_text()
+    shown, written = capsys.readouterr().out, (tmp_path / "r/a b.md").read_text()
     a, b = (lines(tmp_path / name / "predictions.jsonl") for name in "ab")
     ours, theirs = [row["exact"] for row in b], [row["exact"] for row in a]
-    middle, low, high = score.paired_bootstrap(ours, theirs, 0)
-    assert middle > 0.2 and f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]" in report
-    assert f"{score.mcnemar(ours, theirs):.3g}" in report and "stopped too early" in report
-    assert all(line in shown for line in report.splitlines() if line.startswith("| "))
-    pictures = [line.split("](<")[1][:-2] for line in report.splitlines() if line.startswith("![")]
+    middle, low, high = statistics.paired_bootstrap(ours, theirs, 0)
+    assert middle > 0.2 and f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]" in written
+    assert f"{statistics.mcnemar(ours, theirs):.3g}" in written and "stopped too early" in written
+    assert all(line in shown for line in written.splitlines() if line.startswith("| "))
+    pictures = [line.split("](<")[1][:-2] for line in written.splitlines() if line.startswith("![")]
     assert len(pictures) == 4 and all((tmp_path / "r" / name).exists() for name in pictures)
-    assert "a b-losses.png" in pictures and "a b-spectrum.png" in pictures
+    assert "a b-curves.png" in pictures and "a b-spectrum.png" in pictures
     rank = "effective_rank_code"
     before, after = (metrics(tmp_path / "b")[part][rank] for part in ("representation_before", "representation"))
-    cells = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in report.splitlines() if "|" in line}
-    assert cells["effective rank, Enc(Code)"] == f"{after:.4f}" != cells["effective rank, Enc(Code): before"]
-    assert cells["effective rank, Enc(Code): before"] == f"{before:.4f}" and cells["rows"] == "30"
+    second = cells(written, column=3)
+    assert second["effective rank, Enc(Code)"] == f"{after:.4f}" != second["effective rank, Enc(Code): before"]
+    assert second["effective rank, Enc(Code): before"] == f"{before:.4f}" and second["rows"] == "30"
 
 
 def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path, refused):
@@ -291,21 +298,22 @@ def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path,
 def test_systems_that_skipped_different_rows_are_paired_by_row():
     def result(name, found):
         rows = [{"row": number, "exact": exact, "wrong_because": None if exact else "other"} for number, exact in found]
-        return results.Result(name, rows)
+        return report.Evaluated(name, rows)
 
     one, two = result("one", [(1, True), (2, False), (3, True)]), result("two", [(2, True), (3, True), (4, False)])
-    middle, low, high = score.paired_bootstrap([1, 1], [0, 1], 0)
-    found = results.difference(two, one, "exact", 0)
+    middle, low, high = statistics.paired_bootstrap([1, 1], [0, 1], 0)
+    found = report.difference(two, one, "exact", 0)
     assert found == (f"{middle:+.2%} [{low:+.2%}, {high:+.2%}], 2 rows", "1")
-    assert results.difference(result("none", [(9, True)]), one, "exact", 0) == ("-", "-")
-    table = results.comparison([one, two], "exact", 0)
-    assert ["wrong: other", "1", "1"] in table and len({len(row) for row in table}) == 1
+    assert report.difference(result("none", [(9, True)]), one, "exact", 0) == ("-", "-")
+    table = report.table([one, two], "exact", 0)
+    assert cells("\n".join(table), 2)["wrong: other"] == "1" == cells("\n".join(table), 3)["wrong: other"]
+    assert len({line.count("|") for line in table}) == 1
 
 
 def test_why_outputs_are_wrong():
     cases = {("a", "ab", True): "stopped too early", ("", "ab", None): "stopped too early",
              ("a", "ab", False): "cut off by the budget", ("abc", "ab", False): "ran on", ("b", "ab", True): "other"}
-    assert {case: results.why(*case) for case in cases} == cases
+    assert {case: tasks.why(*case) for case in cases} == cases
 
 
 def test_an_output_that_is_right_has_no_reason_to_be_wrong(tmp_path):
@@ -318,7 +326,7 @@ def test_an_output_that_is_right_has_no_reason_to_be_wrong(tmp_path):
 
 
 def test_a_name_with_a_bar_does_not_break_the_table():
-    assert results.markdown([["", "a|b"], ["x", "1"]]) == ["|   | a\\|b |", "|---|------|", "| x | 1    |"]
+    assert report.markdown([["", "a|b"], ["x", "1"]]) == ["|   | a\\|b |", "|---|------|", "| x | 1    |"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -367,7 +375,7 @@ def test_other_systems_outputs(tmp_path, refused, capsys):
         assert f"out.jsonl:2: --data has no row {row}" in refused(*flags)
     out.write_text("\n")
     assert "out.jsonl: is empty" in refused(*flags)
-    assert "none of the 3 rows can be scored as gsm8k" in refused(
+    assert "x.jsonl:1: cannot be scored, left out: the gold answer has no number after ####; nor can any" in refused(
         "--predictions", write(out, *[{"output": "a"}] * 3), "--task", "gsm8k",
         "--data", write(tmp_path / "x.jsonl", *[chat("q", "no number")] * 3))
     write(out, *[{"output": "a"}] * 3)
@@ -400,8 +408,8 @@ def test_a_models_own_predictions_score_the_same_without_it(trained, rows, tmp_p
     source = lines(rows) if name[0] == "s" else [chat("the ring\nA) a\nB) b c\nC) d\nD) e", x) for x in "ABCDA"]
     data_file, out = write(tmp_path / name, *source), tmp_path / "out"
     call(trained[1], "--data", data_file, "--max_new_tokens", "12", "--out", out)
-    program = ("import sys, cli, eval; cli.run(eval.main); "
-               "print([m for m in ('model', 'weights', 'tokenizer', 'tiktoken', 'tokenizers') if m in sys.modules])")
+    program = ("import sys, eval; from support import cli; cli.run(eval.main); "
+               "print([m for m in ('model', 'hf', 'hf.weights', 'tiktoken', 'tokenizers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", program, "--predictions", out / "predictions.jsonl", "--data",
                            data_file, "--out", tmp_path / "m.json"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
