@@ -122,7 +122,8 @@ def grid_table(name):
             against = [f"{middle:+.2f}" + (f" ± {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
         row = [str(len(cells)), texts[0], *against, *texts[1:]]
         table.append([arm, *row] if cells else [arm, "not run", *["-"] * (len(row) - 1)])
-    return [*conditions(name, found), "", *markdown(table)]
+    picture = f"![{name}: exact match against retrieval@1](results/{name}.png)"
+    return [*conditions(name, found), "", *markdown(table), "", picture]
 
 
 def conditions(name, found):
@@ -131,10 +132,10 @@ def conditions(name, found):
     many = lambda values: ", ".join(sorted(set(values)))  # noqa: E731
     hours = sum(sum(cell["seconds"].values()) for cell in cells) / 3600
     wanted = len(found) * GRIDS[name]["seeds"]
-    machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells) 
+    machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells)
     threads = many(str(cell["hardware"]["threads"]) for cell in cells)
     return [f"`python -m experiments.sweep {name}`: {len(cells)} of {wanted} cells, {hours:.1f} hours in all, threads "
-            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells) }."]
+            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells)}."]
 
 
 def draw_grid(name, path):
@@ -162,7 +163,10 @@ def section(name):
     """The lines that stand in README.md between the marks of this name."""
     if name in GRIDS:
         return grid_table(name)
-    found = cli.read_json(ROOT / RESULTS / f"{name}.json")
+    path = ROOT / RESULTS / f"{name}.json"
+    if not path.exists():
+        return ["Not measured yet."]
+    found = cli.read_json(path)
     machine = found["machine"]
     where = f"{machine['gpu'] or machine['processor']}, torch {machine['torch']}"
     return [f"`{found['command']}`: {where}", "", *bench.tables(found)]
@@ -181,9 +185,10 @@ def main():
     p.add_argument("names", nargs="*", metavar="NAME", help="a grid, or a JSON file; default: all in README.md")
     args, text = p.parse_args(), README.read_text(encoding="utf-8")
     known = [*GRIDS, *sorted(path.stem for path in (ROOT / RESULTS).glob("*.json"))]
-    for name in args.names or re.findall(r"<!-- (?!end)(\S+) -->", text):
+    for name in args.names:
         if name not in known:
             raise UserError(f"{name}: is neither a grid nor a file in {RESULTS}; there are {', '.join(known)}")
+    for name in args.names or re.findall(r"<!-- (?!end)(\S+) -->", text):
         lines = section(name)
         text = fill(text, name, lines)
         print("\n".join([f"## {name}", "", *lines, ""]))

@@ -194,11 +194,12 @@ def results(tmp_path, monkeypatch):
 
 
 def test_the_table_of_a_grid(results):
-    about, _, head, _, *rows = report.grid_table("toy")
+    about, _, head, _, *rows, _, picture = report.grid_table("toy")
     rows = {row[0]: row[1:] for row in ([part.strip() for part in line.split("|")[1:-1]] for line in rows)}
     head = [part.strip() for part in head.split("|")[2:-1]]
     assert about == ("`python -m experiments.sweep toy`: 4 of 6 cells, 6.0 hours in all, threads each: 1; a CPU; "
                      "code abc.")
+    assert picture == "![toy: exact match against retrieval@1](results/toy.png)"
     better = dict(zip(head, rows["better"], strict=True))
     half = 12.706 * math.sqrt(2) * 0.1 / math.sqrt(2)  # of 1.0 and 0.8: Student's t for two values
     assert better["exact match"] == f"90.00% ± {half:.2%}" and better["seeds"] == "2"
@@ -268,6 +269,7 @@ def test_the_readme_is_what_the_committed_results_say():
     assert set(report.GRIDS) <= set(names), "every grid has its section, run or not"
     kept = {path.stem for path in (report.ROOT / report.RESULTS).glob("*.json")}
     assert kept <= set(names), "every file of results is shown"
+    assert all((report.README.parent / picture).exists() for picture in re.findall(r"!\[.*?\]\((.*?)\)", text))
     for name in names:
         assert report.fill(text, name, report.section(name)) == text, f"run python -m experiments.report {name}"
 
