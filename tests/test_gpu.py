@@ -11,7 +11,7 @@ import train as train_script
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
-@pytest.mark.parametrize("flags", ["--lam 0", "--lam 2", "--lam 0.1 --distance infonce", "--layout paper --grad_accum 2"])
+@pytest.mark.parametrize("flags", ["--lam 0", "--lam 2", "--lam 1 --distance infonce", "--layout paper --grad_accum 2"])
 def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch, flags):
     """After a step that warms up, no operation of a step may read the device back: torch raises where one does."""
     rows = toy_rows(tmp_path / "rows.jsonl", 32)
