@@ -5,8 +5,10 @@ strict: a field that it does not know is refused by name, because the alternativ
 wrong. No other file knows a family. Next: `weights.py`, which reads and writes the tensors.
 """
 
+import dataclasses
 import re
 import tomllib
+import typing
 from pathlib import Path
 from reprlib import repr as shown  # shortened: what a file holds may be long
 
@@ -14,10 +16,11 @@ from model import Config
 from support.cli import UserError
 
 TABLES = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
-FAMILIES, ACTIVATIONS, NAMES = TABLES["families"], TABLES["activations"], TABLES["names"]
-GPT2_SIZES, LLAMA_SIZES = TABLES["gpt2_sizes"], TABLES["llama_sizes"]
-HARMLESS = {kind: set(fields.split()) for kind, fields in TABLES["harmless"].items()}  # they change no logits
+FIXED, FIELDS, ABSENT = TABLES["fixed"], TABLES["fields"], TABLES["absent"]
+ACTIVATIONS, NAMES = TABLES["activations"], TABLES["names"]
+HARMLESS = {file: set(fields.split()) for file, fields in TABLES["harmless"].items()}  # they change no logits
 BUFFERS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+KINDS = {field.name: typing.get_args(field.type) or (field.type,) for field in dataclasses.fields(Config)}
 LIMITS = {int: 2**24, float: 1e30}  # every number in a real model's config.json is smaller
 MOST_LAYERS = 2000
 NEEDED = object()
@@ -33,7 +36,7 @@ class Fields:
         raise UserError(f"{self.where}: {what}")
 
     def take(self, name, kind, default=NEEDED, null=False, above=0):
-        """Remove and return a field. Numbers must lie above `above`; null is fine where it is the default, or `null`."""
+        """Remove and return a field. Numbers must be above `above`; null is fine if it is the default, or if `null`."""
         if name not in self.values and default is NEEDED:
             self.refuse(f"field {name} is missing")
         value = self.values.pop(name, default)
@@ -59,71 +62,62 @@ class Fields:
                 self.refuse(f"field {name[:80]} = {shown(value)} is unknown, or not supported for this model")
 
 
+def fields_of(family):
+    """{field of config.json: field of Config}, as far as the two mean the same."""
+    own, common = FIELDS.get(family, {}), {} if family == "gpt2" else FIELDS["common"]
+    return {theirs: ours for theirs, ours in common.items() if ours not in own.values()} | own
+
+
 def parse(values, path):
     """config.json -> Config. Every field is honoured, known to be harmless, or refused."""
     f = Fields(values, path)
-    family, sizes = f.take("model_type", str), {}
-    if family not in FAMILIES:
-        reason = TABLES["unsupported"].get(family, f"these are: {', '.join(FAMILIES)}")
+    family = f.take("model_type", str)
+    if family not in FIXED:
+        reason = TABLES["unsupported"].get(family, f"these are: {', '.join(FIXED)}")
         f.refuse(f"model_type {shown(family)} is not supported: {reason}")
-    for theirs, ours in (GPT2_SIZES if family == "gpt2" else LLAMA_SIZES).items():
-        sizes[ours] = f.take(theirs, int)
-    if sizes["n_layer"] > MOST_LAYERS:
-        f.refuse(f"{sizes['n_layer']} layers are more than any model has")
-    values = FAMILIES[family] | sizes | (gpt2(f, sizes) if family == "gpt2" else llama_like(f, family, sizes))
+    made, absent = dict(FIXED[family]), ABSENT["common"] | ABSENT.get(family, {})
+    for theirs, ours in fields_of(family).items():
+        if ours == "activation":
+            older = {"gelu": "gelu_tanh"} if family == "gemma" else {}  # what Gemma's first release meant
+            made[ours] = f.choose(theirs, ACTIVATIONS | older)
+        else:
+            default = {"null": None, "needed": NEEDED}.get(value := absent.get(theirs, "needed"), value)
+            made[ours] = f.take(theirs, KINDS[ours][0], default, null=len(KINDS[ours]) > 1)
+    if made["n_layer"] > MOST_LAYERS:
+        f.refuse(f"{made['n_layer']} layers are more than any model has")
+    made |= further(f, family, made)
     f.done()
-    heads, kv_heads, width = values["n_head"], values.get("n_kv_head") or values["n_head"], values["d_model"]
-    if heads % kv_heads or (width % heads and not values.get("head_dim")):
+    heads, kv_heads, width = made["n_head"], made.get("n_kv_head") or made["n_head"], made["d_model"]
+    if heads % kv_heads or (width % heads and not made.get("head_dim")):
         f.refuse(f"{heads} heads do not fit {kv_heads} key/value heads or a width of {width}")
-    if heads * (values.get("head_dim") or 1) >= LIMITS[int]:
-        f.refuse(f"{heads} heads of {values['head_dim']} are more than any model has")
-    made = Config(**values)
+    if heads * (made.get("head_dim") or 1) >= LIMITS[int]:
+        f.refuse(f"{heads} heads of {made['head_dim']} are more than any model has")
+    made = Config(**made)
     if made.position == "rope" and int(made.head_dim * made.rope_fraction) % 2:
         f.refuse(f"RoPE turns pairs of dimensions, but {made.rope_fraction} x head_dim {made.head_dim} is odd")
     return made
 
 
-def gpt2(f, sizes):
-    return {
-        "d_ff": f.take("n_inner", int, None) or 4 * sizes["d_model"],
-        "tied": f.take("tie_word_embeddings", bool, True),
-        "norm_eps": f.take("layer_norm_epsilon", float),
-        "activation": f.choose("activation_function", ACTIVATIONS),
-        "attn_scale": None if f.take("scale_attn_weights", bool, True) else 1.0,
-    }
-
-
-def llama_like(f, family, sizes):
-    """Defaults are those of the family's own code, and only for fields that real checkpoints leave out."""
-    phi, gemma, late_gemma = family == "phi", family.startswith("gemma"), family in ("gemma2", "gemma3_text")
-    kv_default = None if family in ("llama", "olmo2", "phi") else NEEDED  # None: as many as query heads
-    values = {
-        "n_kv_head": f.take("num_key_value_heads", int, kv_default, null=True),
-        "head_dim": f.take("head_dim", int, NEEDED if gemma or family == "qwen3" else None),
-        "tied": f.take("tie_word_embeddings", bool, gemma),
-        "norm_eps": f.take("layer_norm_eps" if phi else "rms_norm_eps", float),
-    }
-    values |= rope(f, family) | windows(f, family, sizes["n_layer"])
-    field, twin = ("hidden_activation", "hidden_act") if late_gemma else ("hidden_act", "hidden_activation")
-    legacy = {"gelu": "gelu_tanh"} if family == "gemma" else {}  # what Gemma's first release meant
-    values["activation"] = f.choose(field, ACTIVATIONS | legacy)
-    if gemma and ACTIVATIONS.get(f.take(twin, str, None), "gelu_tanh") != values["activation"]:
-        f.refuse("hidden_act and hidden_activation differ")
-    if family in ("llama", "qwen3", "olmo2") or gemma:
-        values["qkv_bias"] = values["out_bias"] = f.take("attention_bias", bool, False)
-    if family == "llama":
-        values["mlp_bias"] = f.take("mlp_bias", bool, False)
-    if gemma:
-        values["embed_scale"] = sizes["d_model"] ** 0.5
-    if late_gemma:
-        values["attn_scale"] = f.take("query_pre_attn_scalar", float) ** -0.5
-        values["attn_softcap"] = f.take("attn_logit_softcapping", float, null=True)
-        values["logit_softcap"] = f.take("final_logit_softcapping", float, null=True)
-    if phi and f.take("qk_layernorm", bool, False):
-        values["qk_norm"] = "head"
-    if phi and values["tied"]:
+def further(f, family, made):
+    """What the table of fields cannot say."""
+    if family == "gpt2":
+        scaled = f.take("scale_attn_weights", bool, True)
+        return {"d_ff": f.take("n_inner", int, None) or 4 * made["d_model"], "attn_scale": None if scaled else 1.0}
+    found = rope(f, family) | windows(f, family, made["n_layer"])
+    if "attention_bias" in fields_of(family):
+        found["out_bias"] = made["qkv_bias"]
+    if family.startswith("gemma"):
+        found["embed_scale"] = made["d_model"] ** 0.5
+        twin = "hidden_activation" if family == "gemma" else "hidden_act"
+        if ACTIVATIONS.get(f.take(twin, str, None), "gelu_tanh") != made["activation"]:
+            f.refuse("hidden_act and hidden_activation differ")
+    if family in ("gemma2", "gemma3_text"):
+        found["attn_scale"] = f.take("query_pre_attn_scalar", float) ** -0.5
+    if family == "phi" and f.take("qk_layernorm", bool, False):
+        found["qk_norm"] = "head"
+    if family == "phi" and made["tied"]:
         f.refuse("tie_word_embeddings with a bias on the output matrix is not supported")
-    return values
+    return found
 
 
 def rope(f, family):
@@ -192,30 +186,23 @@ def windows(f, family, n_layer):
 
 def describe(config):
     """The reverse of `parse`, for a Decoder made from scratch in the style of GPT-2 or Llama."""
-    c, gpt2 = config, config.position == "learned"
+    family = "gpt2" if config.position == "learned" else "llama"
     fields = {
-        "model_type": "gpt2" if gpt2 else "llama",
-        "architectures": ["GPT2LMHeadModel" if gpt2 else "LlamaForCausalLM"],
+        "model_type": family,
+        "architectures": ["GPT2LMHeadModel" if family == "gpt2" else "LlamaForCausalLM"],
         "torch_dtype": "float32",
-        "tie_word_embeddings": c.tied,
         "bos_token_id": None,  # transformers would otherwise fill in another vocabulary's
         "eos_token_id": None,
     }
-    fields |= {theirs: getattr(c, ours) for theirs, ours in (GPT2_SIZES if gpt2 else LLAMA_SIZES).items()}
-    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[c.activation]
-    if gpt2:
-        return fields | {"n_inner": c.d_ff, "activation_function": activation, "layer_norm_epsilon": c.norm_eps}
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    for theirs, ours in fields_of(family).items():
+        value = getattr(config, ours)
+        fields[theirs] = activations[value] if ours == "activation" else value
+    if family == "gpt2":
+        return fields | {"n_inner": config.d_ff}
     renamed = {"type": "rope_type", "original_block_size": "original_max_position_embeddings"}
-    return fields | {
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim,
-        "rms_norm_eps": c.norm_eps,
-        "hidden_act": activation,
-        "attention_bias": c.qkv_bias,
-        "mlp_bias": c.mlp_bias,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": c.rope_scaling and {renamed.get(name, name): value for name, value in c.rope_scaling.items()},
-    }
+    scaling = config.rope_scaling and {renamed.get(name, name): value for name, value in config.rope_scaling.items()}
+    return fields | {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
 def names(decoder):

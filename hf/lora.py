@@ -24,6 +24,7 @@ from support.cli import UserError, read_json, write, writing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+NAME = "base_model.model.{}.lora_{}.weight"
 
 
 class Adapted(nn.Module):
@@ -82,10 +83,6 @@ def modules(config):
     return found
 
 
-def tensor_name(module, matrix):
-    return f"base_model.model.{module}.lora_{matrix}.weight"
-
-
 def save(decoder, folder, base):
     """Write the adapters of a decoder that came from the folder, or Hub name, `base`.
 
@@ -98,7 +95,7 @@ def save(decoder, folder, base):
         if ours[0] in adapters:
             layers = [adapters[path] for path in ours]
             a, b = torch.cat([layer.a for layer in layers]), torch.block_diag(*[layer.b for layer in layers])
-            tensors |= {tensor_name(theirs, "A"): a.detach().cpu(), tensor_name(theirs, "B"): b.detach().cpu()}
+            tensors |= {NAME.format(theirs, "A"): a.detach().cpu(), NAME.format(theirs, "B"): b.detach().cpu()}
             ranks[theirs], alphas[theirs] = len(a), len(layers) * layers[0].alpha
     first = next(iter(adapters.values()))
     rank, alpha = len(first.a), first.alpha
@@ -128,29 +125,24 @@ def base_of(folder):
 
 
 def read_config(path):
-    """(rank, alpha, whether there is an adapter), each a function of a module's path, from adapter_config.json."""
+    """(rank, alpha, is it adapted?), each a function of a module's path, from adapter_config.json."""
     f = families.Fields(read_json(path), path)
+    named = lambda module, name: f".{module}".endswith(f".{name}")  # noqa: E731  by the last parts of its path
+
+    def by_module(field, kind, default):
+        given = families.Fields(f.take(field, dict, None) or {}, f"{path}: {field}")
+        values = {name: given.take(name, kind) for name in list(given.values)}
+        if not all(re.fullmatch(r"[\w.]+", name) for name in values):
+            f.refuse(f"{field} must give names of modules, not regular expressions")
+        return lambda module: next((value for name, value in values.items() if named(module, name)), default)
+
     if f.take("peft_type", str) != "LORA" or f.take("bias", str, "none") != "none":
         f.refuse("only LORA adapters without biases are supported")
-    rank = by_module(f, "rank_pattern", int, f.take("r", int))
-    alpha = by_module(f, "alpha_pattern", float, f.take("lora_alpha", float))
+    rank = by_module("rank_pattern", int, f.take("r", int))
+    alpha = by_module("alpha_pattern", float, f.take("lora_alpha", float))
     targets = f.take("target_modules", list)
     f.done("adapter")
     return rank, alpha, lambda module: any(named(module, target) for target in targets)
-
-
-def by_module(f, field, kind, default):
-    """A function of a module's path: the value that `field` has for it, or the default."""
-    given = families.Fields(f.take(field, dict, None) or {}, f"{f.where}: {field}")
-    values = {name: given.take(name, kind) for name in list(given.values)}
-    if not all(re.fullmatch(r"[\w.]+", name) for name in values):
-        f.refuse(f"{field} must give names of modules, not regular expressions")
-    return lambda module: next((value for name, value in values.items() if named(module, name)), default)
-
-
-def named(module, name):
-    """Is this name of modules one of this module's: the last parts of its path?"""
-    return f".{module}".endswith(f".{name}")
 
 
 @torch.no_grad()
@@ -159,29 +151,36 @@ def load(decoder, folder, dropout=0.0):
 
     Raises UserError, and leaves the decoder as it was, where they do not fit it or are of another kind than here.
     """
-    folder, adapters = Path(folder), {}
-    rank_of, alpha_of, targeted = read_config(folder / CONFIG)
-    tensors = weights.read_tensors(folder / TENSORS)
+    path, adapters = Path(folder) / TENSORS, {}
+    rank_of, alpha_of, targeted = read_config(Path(folder) / CONFIG)
+    tensors = weights.read_tensors(path)
     for theirs, ours in modules(decoder.config).items():
-        a, b = (tensors.pop(tensor_name(theirs, matrix), None) for matrix in "AB")
+        a, b = (tensors.pop(NAME.format(theirs, matrix), None) for matrix in "AB")
         if a is None and b is None and not targeted(theirs):
             continue
-        layers, rank, alpha = [decoder.get_submodule(path) for path in ours], rank_of(theirs), alpha_of(theirs)
+        layers, rank = [decoder.get_submodule(name) for name in ours], rank_of(theirs)
         shapes = [(rank, layers[0].in_features), (sum(layer.out_features for layer in layers), rank)]
         if [tensor is not None and tuple(tensor.shape) for tensor in (a, b)] != shapes:
-            raise UserError(f"{folder / TENSORS}: {theirs} needs lora_A and lora_B of shapes {shapes}; these adapters "
-                            f"are another model's, or do not fit their {CONFIG}")
-        parts = b.split([layer.out_features for layer in layers])
-        of_their_own = torch.block_diag(*[torch.ones(len(part), rank // len(parts)) for part in parts])
-        if len(parts) > 1 and rank % len(parts) == 0 and not b[of_their_own == 0].any():
-            rank, alpha = rank // len(parts), alpha / len(parts)  # as `save` writes them
-            halves = [(a[i * rank : (i + 1) * rank], part[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
-        else:  # PEFT's own: q, k and v have one A in common
-            halves = [(a, part) for part in parts]
-        adapters |= {path: (layer, rank, alpha, half) for path, layer, half in zip(ours, layers, halves, strict=True)}
+            raise UserError(f"{path}: {theirs} needs lora_A and lora_B of shapes {shapes}; these adapters are another "
+                            f"model's, or do not fit their {CONFIG}")
+        adapters |= zip(ours, apart(layers, a, b, alpha_of(theirs), dropout), strict=True)
     if tensors:
-        raise UserError(f"{folder / TENSORS}: {min(tensors)[:200]} has no place in this model")
+        raise UserError(f"{path}: {min(tensors)[:200]} has no place in this model")
     decoder.requires_grad_(False)
-    for path, (layer, rank, alpha, (a, b)) in adapters.items():
-        decoder.set_submodule(path, made := Adapted(layer, rank, alpha, dropout))
-        made.a.copy_(a), made.b.copy_(b)
+    for name, adapter in adapters.items():
+        decoder.set_submodule(name, adapter)
+
+
+def apart(layers, a, b, alpha, dropout):
+    """An `Adapted` for each of the layers that have the adapter (a, b) together."""
+    n, rank = len(layers), len(a) // len(layers)
+    parts = b.split([layer.out_features for layer in layers])
+    own = torch.block_diag(*[torch.ones(len(part), rank) for part in parts])
+    if n == 1 or len(a) % n == 0 and not b[own == 0].any():  # as `save` writes them
+        halves = [(a[i * rank : (i + 1) * rank], part[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
+    else:  # as PEFT trains them: one A for all
+        halves, n, rank = [(a, part) for part in parts], 1, len(a)
+    made = [Adapted(layer, rank, alpha / n, dropout) for layer in layers]
+    for adapter, (own_a, own_b) in zip(made, halves, strict=True):
+        adapter.a.copy_(own_a), adapter.b.copy_(own_b)
+    return made

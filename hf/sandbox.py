@@ -18,7 +18,7 @@ from support.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 2**24  # characters of a question or an answer
-MEMORY, SECONDS = 2**29, 5  # what a process may use beyond what it begins with; more where it is given large files
+MEMORY, SECONDS = 9 * 10**8, 5  # what a process may use: bytes of data, seconds of computing for an answer
 
 
 def start(module, path, size):
@@ -45,29 +45,24 @@ def start(module, path, size):
             child.kill()
             raise
         if not answer:
-            raise UserError(f"{path}: reading it takes more memory or time than any real model needs, so it was stopped")
+            raise UserError(f"{path}: stopped, because it takes more memory or time than any real model needs")
         value, complaint = json.loads(answer)
         if complaint:
             raise UserError(complaint)
         return value
 
-    weakref.finalize(ask, end, child)
+    weakref.finalize(ask, lambda: (child.kill(), child.communicate()))
     return ask
 
 
-def end(child):
-    child.kill()
-    child.communicate()
-
-
 def serve(make):
-    """Answer the questions on stdin, with what make(path) -> {name: function} gives, until the process that asks ends."""
+    """Answer questions by the functions of make(path) -> {name: function}, until the process that asks them ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these are for the process that asks
         signal.signal(number, signal.SIG_IGN)
-    path, size, functions, begins_with = sys.argv[1], int(sys.argv[2]), None, memory_in_use()
+    path, size, functions = sys.argv[1], int(sys.argv[2]), None
     answers, sys.stdout = sys.stdout, sys.stderr  # a library may print
     for question in sys.stdin:
-        allow(size + len(question), begins_with)
+        limit(size + len(question))
         name, *arguments = json.loads(question)
         try:
             functions = functions or make(path)
@@ -76,21 +71,15 @@ def serve(make):
                 raise UserError(f"{path}: makes {len(answer):,} bytes of a text of {len(question):,}")
         except Exception as failure:  # whatever strange input provokes
             reason = str(failure) if isinstance(failure, UserError) else f"{path}: {type(failure).__name__}: {failure}"
-            answer = json.dumps([None, reason[:1000]])
+            answer = json.dumps([None, " ".join(reason[:1000].split())])
         print(answer, file=answers, flush=True)
 
 
-def memory_in_use():
-    """Bytes of data in this process; 0 where the system does not say."""
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
-
-
-def allow(size, begins_with):
-    """Limit this process from here on. size: bytes of what it is given to work on."""
+def limit(size):
+    """Limit what this process may use from here on, in proportion to the bytes that it is given to work on."""
     import resource  # Unix only
 
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    wanted = begins_with + MEMORY + 4 * size
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS + size / 2**21)  # of computing; its signal ends the process at once
+    data = MEMORY + 4 * size if hard == resource.RLIM_INFINITY else min(MEMORY + 4 * size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (data, hard))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS + size / 2**21)  # its signal ends the process, whatever it is doing

@@ -1,15 +1,15 @@
 """Text of Hugging Face folders: tokenizer.json and the chat template, as the `data.Tokenizer` that training uses.
 
-A chat template is a program that prints a conversation. Training must know which of the ids are a message's content, so
-that the answer can be the target. The template is therefore rendered twice: once with marks in the place of the
-contents, which shows the template's own texts, and once as it is; the two must agree. Nothing is ever searched for among
-the ids.
+A chat template is a program that prints a conversation. Training must know which of the ids are a message's content,
+so that the answer can be the target. The template is therefore rendered twice: once with marks in the place of the
+contents, which shows the template's own texts, and once as it is; the two must agree. Nothing is ever searched for
+among the ids.
 
 The rendering is tokenized in one go, as `transformers` does it, by a copy of the tokenizer whose control tokens have
 secret names. The template's text is given those names; in a message, "<|im_end|>" is text like any other.
 
-Templates and tokenizers are written by strangers. So all of this happens in a process with limits, see `sandbox.py`:
-`open_tokenizer` belongs to the process that trains, and everything below it to the other one.
+Templates and tokenizers are written by strangers. So all of this happens in a process with limits (see `sandbox.py`):
+`open_tokenizer` belongs to the process that trains, `functions` and everything below it to the other one.
 """
 
 import contextlib
@@ -72,8 +72,9 @@ def functions(folder):
         plain = [bos] if has_bos else [], tags, inside("\n\n")
     else:
         render = partial(rendering, folder, compiled(template, folder, special), special.get("bos_token", ""))
-        parts = partial(parts_of, folder, render, lru_cache(1000)(partial(skeleton, folder, render)))
-        control = any_of(names)
+        parts = partial(parts_of, folder, render, lru_cache(100)(partial(skeleton, folder, render)))
+        longest_first = sorted(map(re.escape, names), key=len, reverse=True)  # as the library does
+        control = re.compile("|".join(longest_first) or "(?!)")
         hide = partial(control.sub, lambda found: names[found[0]])
         chat = partial(cut, encode, hide, {public.token_to_id(token) for token in names}, parts)
         behind = parts([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[-1][0]
@@ -146,11 +147,6 @@ def renamed(spec, names):
     return spec | {"model": model, "added_tokens": added, "post_processor": None}
 
 
-def any_of(names):
-    """A pattern that finds control tokens; of two that begin alike the longer one, as the library does."""
-    return re.compile("|".join(re.escape(token) for token in sorted(names, key=len, reverse=True)) or "(?!)")
-
-
 def cut(encode, hide, control, parts, messages):
     """`Tokenizer.chat`, its pieces as (ids, turn): the ids of the whole rendering, cut at the contents.
 
@@ -158,12 +154,13 @@ def cut(encode, hide, control, parts, messages):
     belongs to the content, but a control token that swallows the blanks beside it does not. A blank content is the
     template's and has no piece.
     """
-    rendered, contents = "", []
+    texts, contents, end = [], [], 0
     for text, turn in parts(messages):
+        texts.append(hide(text) if turn is None else text)
+        start, end = end, end + len(texts[-1])
         if turn is not None:
-            contents.append((len(rendered), len(rendered) + len(text), turn))
-        rendered += hide(text) if turn is None else text
-    whole = encode(rendered)
+            contents.append((start, end, turn))
+    whole = encode("".join(texts))
     ids, at, pieces, i = whole.ids, whole.offsets, [], 0
     for start, end, turn in contents:
         first = i
@@ -244,7 +241,8 @@ def rendering(folder, template, bos, messages):
         return template(messages=messages)
     except Exception as failure:  # a template is a program: it may fail in any way
         roles = shown([message["role"] for message in messages])
-        refused = UserError(f"{folder}: the chat template refuses the roles {roles} ({type(failure).__name__}: {failure})")
+        reason = f"{type(failure).__name__}: {failure}"
+    refused = UserError(f"{folder}: the chat template refuses the roles {roles} ({reason})")
     if messages[0]["role"] == "assistant":
         question = [{"role": "user", "content": "?"}]
         with contextlib.suppress(Exception):
@@ -261,7 +259,7 @@ def joined_system(messages):
 
 
 def skeleton(folder, render, turns):
-    """The template's texts around the contents, the turns of these in reading order, and whether to use `joined_system`.
+    """The template's texts around the contents, the turns of these in reading order, whether to use `joined_system`.
 
     turns: (role, content if that is blank) for each turn. Blank contents are left to the template as they are: some ask
     whether there is any. A template without a system role refuses one, or leaves it out: then the system text goes in

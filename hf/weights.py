@@ -102,17 +102,14 @@ def fetch(name):
     except ImportError:
         raise UserError(f"{name}: no such folder; to download it from the Hub: pip install huggingface_hub") from None
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-        read_json(Path(folder) / "config.json"), weight_files(Path(folder))  # an interrupted download is not a cached model
-        return folder
-    except (OSError, ValueError, UserError):
-        pass
-    try:
-        return snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # offline, gated, misspelt ...: the Hub's clients have many exceptions
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}") from error
+    for cached in (True, False):
+        try:
+            folder = snapshot_download(name, allow_patterns=wanted, local_files_only=cached)
+            read_json(Path(folder) / "config.json"), weight_files(Path(folder))  # a download that broke off is no model
+            return folder
+        except Exception as failure:  # offline, gated, misspelt ...: the Hub's clients have many exceptions
+            reason = str(failure).strip().split("\n")[0] or type(failure).__name__
+    raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}")
 
 
 # ---- files of weights

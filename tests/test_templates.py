@@ -1,11 +1,20 @@
 """Tokenizers and chat templates of Hugging Face folders, against `transformers` and against hostile content."""
 
+import functools
+import gc
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
+from test_weights import refusal, used
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
@@ -427,3 +436,152 @@ def test_unknown_words_and_an_older_folders_special_tokens(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
     tokenizer = hf.tokenizer(tmp_path)
     assert tokenizer.encode("a cat </s>") == [2, 0, 0] and tokenizer.stop == 1
+
+
+# Hostile folders: refused, or read as what they are, in bounded time and memory
+
+LOOP = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+HOSTILE_TEMPLATES = {  # source, and what the line says
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "memory or time"),
+    "a long text": ("{{ 'a' * 2000000000 }}", "MemoryError"),
+    "a wide text": ("{{ 'a' | center(10 ** 9) }}", "MemoryError"),
+    "a format": ("{{ '%01000000000d' % 1 }}", "MemoryError|chat template refuses"),
+    "a large number": ("{{ 9 ** 999999999 }}", "memory or time"),
+    "doubling": ("{% set n = namespace(t='a') %}{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+                 "MemoryError"),
+    "20 MB for each turn": ("{{ 'a' * 20000000 }}" + LOOP, "makes .* bytes of a text|memory or time"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "nesting": ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "chat template|tokenizer"),
+    "a range": ("{{ range(10 ** 9) | list }}", "OverflowError"),
+    "code": ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", "unsafe|undefined"),
+    "attributes of a format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe"),
+    "a file": ("{% include '/etc/passwd' %}", "TypeError|no loader"),
+    "changes messages": ("{{ messages.append(1) }}", "unsafe"),
+    "a mark": ("\ufdd00\ufdd1" + LOOP, "exactly once"),
+    "marks of turns that are not there": ("\ufdd0" + "9" * 5000 + "\ufdd1" + LOOP, "U\\+FDD0"),
+    "a long complaint": ("{{ raise_exception('no\n' * 9999999) }}", "TemplateError: no no no"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_templates(made, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    source, match = HOSTILE_TEMPLATES[name]
+    line = refusal(lambda: hf.tokenizer(made("byte-level", source)).chat([USER, ANSWER]))
+    assert re.search(match, line) and not any(tmp_path.iterdir())
+
+
+def test_a_template_that_is_hostile_to_some_rows_only(made):
+    """After the limits have ended the process there are no answers, rather than wrong ones."""
+    source = "{% if messages | length > 2 %}{{ 9 ** (99999999 * messages | length) }}{% endif %}" + LOOP
+    tokenizer = hf.tokenizer(made("byte-level", source))
+    tokenizer.chat([USER, ANSWER])
+    for _ in range(2):
+        assert "memory or time" in refusal(lambda: tokenizer.chat([SYSTEM, USER, ANSWER]))
+
+
+def grown(spec, steps):
+    """Normalizers each of which writes "aa" for every "a"."""
+    spec["normalizer"] = {"type": "Sequence", "normalizers": steps * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}]}
+
+
+def backtracking(spec):
+    spec["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$"}, "behavior": "Isolated",
+                             "invert": False}
+
+
+HOSTILE_TOKENIZERS = {  # change to tokenizer.json, a text to encode, and what the line says
+    "a normalizer that doubles 40 times": (lambda spec: grown(spec, 40), "a", "memory or time"),
+    "backtracking": (backtracking, 200 * "a" + "b", "memory or time|tokenizer"),
+    "no model": (lambda spec: spec.pop("model"), "a", "not a tokenizer"),
+    "a list for a model": (lambda spec: spec.update(model=[1]), "a", "not a tokenizer"),
+    "tokens that are numbers": (lambda spec: spec.update(added_tokens=[1, 2]), "a", "not a tokenizer"),
+    "an id of 2^62": (lambda spec: spec["model"]["vocab"].update(dog=2**62), "a", "not a tokenizer"),
+    "nesting": (lambda spec: spec.update(model=functools.reduce(lambda inner, _: [inner], range(900), [])), "a",
+                "not a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENIZERS)
+def test_hostile_tokenizers(made, name):
+    change, text, match = HOSTILE_TOKENIZERS[name]
+    folder = altered(made("byte-level", CHATML), change)
+    assert re.search(match, refusal(lambda: hf.tokenizer(folder).encode(text)))
+
+
+@pytest.mark.parametrize("name, write", {
+    "tokenizer.json": lambda path: os.mkfifo(path),
+    "tokenizer.json of 1 TB": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "tokenizer.json nested": lambda path: path.write_text("[" * 100_000),
+    "tokenizer_config.json nested": lambda path: path.write_text("[" * 100_000),
+    "tokenizer_config.json that is binary": lambda path: path.write_bytes(b"\xff\xfe"),
+    "chat_template.jinja that is binary": lambda path: path.write_bytes(b"\xff\xfe"),
+    "chat_template.jinja of 4 GB": lambda path: (path.touch(), os.truncate(path, 2**32)),
+}.items())
+def test_hostile_files(made, name, write):
+    folder = made("byte-level", CHATML)
+    path = folder / name.split(" ")[0]
+    path.unlink(missing_ok=True)
+    write(path)
+    assert str(folder) in refusal(lambda: hf.tokenizer(folder))
+
+
+def test_a_pipe_beside_a_tokenizer_is_not_waited_for(made):
+    folder = made("byte-level", CHATML)
+    os.mkfifo(folder / "chat_template.jinja")
+    assert flat(hf.tokenizer(folder).chat([USER, ANSWER])) == theirs(folder, [USER, ANSWER])
+
+
+def test_bpe_dropout_is_off(made):
+    """It would give the same text other ids in every run."""
+    def drop(spec):
+        spec["model"]["dropout"] = 0.5
+
+    plain, dropping = hf.tokenizer(made("byte-level", CHATML)), hf.tokenizer(altered(made("byte-level", CHATML), drop))
+    text = USER["content"]
+    assert dropping.encode(text) == plain.encode(text) == hf.tokenizer(dropping.name).encode(text)
+    assert dropping.chat([USER, ANSWER]) == plain.chat([USER, ANSWER])
+
+
+def test_a_conversation_of_forty_thousand_turns(made):
+    """It is tokenized in seconds; whether a model has room for it is found out then."""
+    turns = [USER, ANSWER] * 20_000
+    tokenizer, began = hf.tokenizer(made("byte-level", CHATML)), used()
+    pieces = tokenizer.chat(turns)
+    del tokenizer
+    gc.collect()
+    assert used() - began < 10
+    assert [piece.turn for piece in pieces if piece.turn is not None] == list(range(40_000))
+    tokenizer = hf.tokenizer(made("byte-level", CHATML))
+    assert "longer than any model reads" in refusal(lambda: tokenizer.chat([{"role": "user", "content": 2**24 * "a"}]))
+
+
+def test_the_process_with_limits_ends_with_the_one_that_asks(made):
+    """Also when that one is killed, and so has no time to say anything."""
+    code = "import sys, time, hf; t = hf.tokenizer(sys.argv[1]); print(1, flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(made("byte-level", CHATML))]
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ORACLE.parents[2])
+    asking.stdout.readline()
+    children = Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
+    if not children.exists():
+        pytest.skip("this system does not list the children of a process")
+    child, = children.read_text().split()
+    assert "hf.templates" in Path(f"/proc/{child}/cmdline").read_text()
+    asking.kill()
+    asking.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there")
+
+
+def test_ctrl_c_does_not_end_it(made):
+    """A terminal sends the signal to both processes; a run that is to be stopped still has answers to decode."""
+    tokenizer = hf.tokenizer(made("byte-level", CHATML))
+    child, = [int(each) for each in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+              if "hf.templates" in Path(f"/proc/{each}/cmdline").read_text()][-1:]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(child, number)
+    assert tokenizer.decode(tokenizer.encode("a dog")) == "a dog"
