@@ -34,7 +34,8 @@ def system_turn(path):
     """[the system turn of a file's first row]; [] where there is none, or no such file."""
     try:
         with open(path, "rb") as file:
-            line = next(filter(bytes.strip, file), b"").removeprefix(b"\xef\xbb\xbf")
+            lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+            line = next(filter(None, lines), b"")
         first = rows.check(line, str(path))["messages"][0]
     except (OSError, TypeError, UserError):  # TypeError: a Hugging Face folder does not say what it was trained on
         return []

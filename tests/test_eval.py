@@ -1,24 +1,31 @@
 """The command that evaluates: metrics recomputed here, interruptions, comparisons, other systems' outputs, mistakes."""
 
+import io
 import json
 import os
+import pty
+import select
 import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from test_train import SMALL, inside, toy_rows
 
 import data
 import eval as eval_script
 import hf
-from evaluation import generate, report, statistics, tasks
+from evaluation import ask, generate, regexes, report, statistics, tasks
 from hf import runs
 from jepa import mask
-from support import cli
+from support import cli, processes
 
 ROOT = Path(__file__).parent.parent
 ORACLE = Path(__file__).parent / "oracle/model"
@@ -30,6 +37,14 @@ def call(*flags):
         eval_script.main()
     finally:
         sys.argv = before
+
+
+@pytest.fixture(autouse=True)
+def rough(monkeypatch):
+    """Pictures are drawn small: that is quicker."""
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, metadata, **options: savefig(
+        self, path, format="png", dpi=20, metadata=metadata))
 
 
 @pytest.fixture
@@ -53,12 +68,13 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(rows, tmp_path_factory):
-    """Two runs, one of which has learnt about half of the rows."""
+    """Two runs: one that has learnt nothing yet, and one that knows half of the rows and finds Codes by Text."""
     folder = tmp_path_factory.mktemp("runs")
     often = folder / "often.jsonl"  # an epoch ends with a checkpoint and a picture: ten times the rows, few epochs
     often.write_text(rows.read_text() * 10)
     inside("--out", folder / "a", "--data", rows, *SMALL)
-    inside("--out", folder / "b", "--data", often, *SMALL, "--epochs", "4", "--lr", "1e-2", "--lam", "0", "--seed", "1")
+    inside("--out", folder / "b", "--data", often, *SMALL, "--epochs", "4", "--lr", "1e-2", "--seed", "1",
+           "--lam", "0.3", "--distance", "infonce")
     return folder / "a", folder / "b"
 
 
@@ -164,7 +180,9 @@ def test_the_best_weights_are_evaluated_or_else_the_last(trained, rows, tmp_path
     run = Path(shutil.copytree(trained[1], tmp_path / "run"))
     shutil.rmtree(run / "best")
     shutil.copytree(trained[0] / "best", run / "best")
-    for source in ("best", "checkpoint"):
+    for source in ("best", "best.old", "checkpoint"):  # best.old: where a crash came between two renames
+        if source == "best.old":
+            shutil.copytree(trained[0] / "best", run / "best.old")
         call(run, "--data", rows, "--max_new_tokens", "1")
         assert runs.digest(*runs.model_files(run / source))[:16] in metrics(run)["weights"]
         shutil.rmtree(run / source)
@@ -174,7 +192,8 @@ def test_damaged_answers_are_told_of(trained, rows, tmp_path, refused):
     call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
     path, = tmp_path.glob("answers-*.jsonl")
     kept = path.read_text().split("\n")
-    for line in ("half", '{"row": 1}', '{"row": 1, "output": null}', "[]", "\udce9"):
+    for line in ("half", '{"row": 1}', '{"row": 1, "output": null}', "[]", "\udce9", '{"row": [1], "output": "a"}',
+                 '{"row": true, "output": "a"}', '{"row": 1, "output": "a", "stopped": 3}', "[" * 100_000, "\0"):
         path.write_text("\n".join([kept[0], line, *kept[2:]]), errors="surrogateescape")
         again = trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path
         assert f"{path.name}: is damaged" in refused(*again)
@@ -278,6 +297,7 @@ def test_comparison_and_report(trained, rows, tmp_path, capsys):
     assert all(line in shown for line in written.splitlines() if line.startswith("| "))
     pictures = [line.split("](<")[1][:-2] for line in written.splitlines() if line.startswith("![")]
     assert len(pictures) == 4 and all((tmp_path / "r" / name).exists() for name in pictures)
+    assert metrics(tmp_path / "b")["representation"]["retrieval_at_10_text_to_code"] > 0.5
     assert "a b-curves.png" in pictures and "a b-spectrum.png" in pictures
     rank = "effective_rank_code"
     before, after = (metrics(tmp_path / "b")[part][rank] for part in ("representation_before", "representation"))
@@ -370,7 +390,13 @@ def test_other_systems_outputs(tmp_path, refused, capsys):
     assert "out.jsonl answers 2 of 3 rows" in capsys.readouterr().err
     write(out, {"row": 3, "output": "a"}, {"row": 3, "output": "b"})
     assert "out.jsonl:2: is another output for row 3" in refused(*flags)
-    for row in (4, 0, "1", [1], None):
+    for odd in ("[" * 100_000, '{"output": {}}', "[1]", "\0", '{"output": "a"'):
+        out.write_text('{"output": "a"}\n' + odd + "\n")
+        assert "out.jsonl:2: must be" in refused(*flags)
+    write(out, {"output": "\ud800 #### 2"}, {"output": "\0"}, {"output": "####" * 10_000})
+    call(*flags, "--out", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["rates"]["gsm8k"]["value"] == pytest.approx(1 / 3)
+    for row in (4, 0, "1", [1], None, True, 1.0):
         write(out, {"row": 3, "output": "a"}, {"row": row, "output": "b"})
         assert f"out.jsonl:2: --data has no row {row}" in refused(*flags)
     out.write_text("\n")
@@ -441,6 +467,256 @@ def test_spider_is_executed_and_a_broken_gold_query_left_out(tmp_path, refused, 
     assert "--databases" in refused(*flags)
 
 
+def test_regexes_too_hard_to_compare_are_told_of(tmp_path, capsys, monkeypatch):
+    golds = write(tmp_path / "synth_x.jsonl", chat("q", "a*b*c*"), chat("q", "a"), chat("q", "a"))
+    out = write(tmp_path / "out.jsonl", {"output": "(a*b*c*){1,30}"}, {"output": "(a)"}, {"output": "b"})
+    monkeypatch.setattr(regexes, "MAX_STEPS", 40)
+    call("--predictions", out, "--data", golds, "--out", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["undecided"] == 1 and found["rates"]["same_language"]["value"] == pytest.approx(1 / 3)
+    assert "1 regexes are too hard to compare with the gold one, and count as different" in capsys.readouterr().out
+
+
+def test_of_four_rows_none_is_held_out(trained, rows, tmp_path, capsys):
+    call(trained[0], "--data", rows, "--limit", "4", "--max_new_tokens", "1", "--out", tmp_path)
+    assert metrics(tmp_path)["representation"]["linear_residual_relative"] is None
+    assert cells(capsys.readouterr().out)["best linear map, relative residual on held-out rows"] == "-"
+
+
+# ---- what answers depend on
+
+
+def counted(monkeypatch):
+    """The number of prompts of each batch that is answered from here on."""
+    calls, whole = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *args, **options: calls.append(len(args[1])) or whole(
+        *args, **options))
+    return calls
+
+
+@pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_another_model_gives_other_answers(rows, tmp_path, monkeypatch, change):
+    """Old answers are not taken for new ones, whichever file of the model has changed."""
+    model = Path(shutil.copytree(ORACLE, tmp_path / "model"))
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    flags = [model, "--data", rows, "--limit", "4", "--max_new_tokens", "2", "--out", tmp_path / "out"]
+    calls = counted(monkeypatch)
+    call(*flags)
+    call(*flags)
+    assert calls == [4], "nothing has changed"
+    if change == "model.safetensors":
+        state = load_file(model / change)
+        save_file({name: tensor + 0.1 for name, tensor in state.items()}, model / change)
+    elif change == "chat_template.jinja":
+        (model / change).write_text(template.replace(": ", "> "))
+    else:
+        (model / change).write_text((model / change).read_text() + "\n")
+    call(*flags)
+    assert calls == [4, 4] and len(list((tmp_path / "out").glob("answers-*"))) == 2
+
+
+@pytest.fixture
+def pipe():
+    """A function that gives a path from which the content of a file can be read once, as of <(cat FILE)."""
+    ends = []
+
+    def make(content):
+        out, into = os.pipe()
+        os.write(into, content)
+        os.close(into)
+        ends.append(out)
+        return Path(f"/dev/fd/{out}")
+
+    yield make
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
+def test_a_pipe_is_read_once(trained, rows, tmp_path, pipe, monkeypatch):
+    """Also for several models; and another set of rows does not get the answers of the first."""
+    whole, calls = rows.read_bytes().splitlines(keepends=True), counted(monkeypatch)
+    flags = ["--task", "exact", "--max_new_tokens", "3", "--out", tmp_path]
+    call(*trained, "--data", pipe(b"".join(whole[:5])), *flags)
+    call(*trained, "--data", pipe(b"".join(whole[5:10])), *flags)
+    call(*trained, "--data", pipe(b"".join(whole[:5])), *flags)
+    assert calls == [5] * 4
+    call(trained[1], "--data", rows, *flags[:-1], tmp_path / "file")
+    expected = lines(tmp_path / "file/predictions.jsonl")[:5]
+    assert [line["output"] for line in lines(tmp_path / "b/predictions.jsonl")] == [r["output"] for r in expected]
+
+
+def test_bfloat16_is_of_generation_alone(trained, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: True)
+    kinds, whole = [], generate.most_likely
+    monkeypatch.setattr(generate, "most_likely", lambda logits, *rest: kinds.append(logits.dtype) or whole(
+        logits, *rest))
+    flags = [trained[1], "--data", rows, "--limit", "6", "--max_new_tokens", "2", "--out"]
+    for dtype in ("float32", "bfloat16", "auto"):
+        call(*flags, tmp_path / dtype, "--dtype", dtype)
+    assert kinds == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2
+    figures = [metrics(tmp_path / dtype)["representation"] for dtype in ("float32", "bfloat16")]
+    assert figures[0] == figures[1]
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+    with pytest.raises(cli.UserError, match="--dtype bfloat16"):
+        call(*flags, tmp_path / "no", "--dtype", "bfloat16")
+
+
+# ---- questions
+
+
+def test_one_question_gets_the_answer_that_a_row_gets(trained, rows, tmp_path, capsys):
+    call(trained[1], "--data", rows, "--max_new_tokens", "12", "--out", tmp_path)
+    before = sorted(trained[1].iterdir())
+    for row in lines(tmp_path / "predictions.jsonl")[:4]:
+        capsys.readouterr()
+        call(trained[1], "--ask", row["text"], "--max_new_tokens", "12")
+        assert capsys.readouterr().out == row["output"] + "\n"
+    assert sorted(trained[1].iterdir()) == before, "asking writes no files"
+
+
+def test_a_question_is_put_as_in_training(trained, rows, tmp_path):
+    """The prompt is that of a row: with the system turn of the training data, or of --data, or with none."""
+    opened, first = runs.open_model(trained[1], "cpu"), data.read(rows)[0]
+    asked, expected = first.messages[1]["content"], data.example(first, hf.tokenizer("synth"))
+    _, example = ask.prepared(asked, ask.system_turn(opened.data), opened)
+    assert example.full[: example.answer_start] == expected.full[: expected.answer_start]
+    for content in (b"", b"\n\n", b"{", b"\xff", json.dumps(chat("a", "b")).encode()):
+        (tmp_path / "odd").write_bytes(content)
+        assert ask.system_turn(tmp_path / "odd") == []
+    assert ask.system_turn(tmp_path / "gone") == ask.system_turn(None) == ask.system_turn(tmp_path) == []
+    (tmp_path / "odd").write_bytes(b"\xef\xbb\xbf\n" + rows.read_bytes())
+    assert ask.system_turn(tmp_path / "odd") == [{"role": "system", "content": "Capitals."}]
+
+
+def test_questions_are_typed_until_the_input_ends(trained, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"a b c\n\n\xff\n" + b"a " * 600 + b"\nh g\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    call(trained[1], "--ask", "--max_new_tokens", "4")
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2
+    assert "not UTF-8" in shown.err and "has room for 512" in shown.err
+
+
+def test_nearest_codes_are_listed_where_the_encodings_tell_them(trained, rows, capsys):
+    first = data.read(rows)[0]
+    call(trained[1], "--data", rows, "--ask", first.messages[1]["content"], "--max_new_tokens", "12")
+    *_, heading, one, two, three = capsys.readouterr().out.splitlines()
+    model = runs.load_model(trained[1] / "best").eval()
+    examples = [data.example(c, hf.tokenizer("synth")) for c in data.read(rows)]
+    with torch.no_grad():
+        batch = data.collate(examples, 1)
+        text, code = model.encodings(model.hidden(batch), batch)
+    cosine = torch.cosine_similarity(text[:1], code)
+    codes = {c.messages[-1]["content"]: value.item() for c, value in zip(data.read(rows), cosine, strict=True)}
+    best = sorted(codes, key=codes.get)[:-4:-1]
+    assert heading.startswith("nearest") and [one, two, three] == [f"  {codes[code]:.3f}  {code}" for code in best]
+    call(trained[0], "--data", rows, "--ask", "a b c", "--max_new_tokens", "2")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "do not tell which Codes are near" in last and "of 28" in last, "28 different Codes in 30 rows"
+
+
+def test_a_hugging_face_folder_answers_too(capsys):
+    call(ORACLE, "--ask", "a", "--max_new_tokens", "2")
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_terminal_has_a_prompt_with_a_history_and_ctrl_d_ends_it(trained):
+    parent, child = pty.openpty()
+    command = [sys.executable, "eval.py", trained[1], "--ask", "--max_new_tokens", "4"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=child, stdout=child, stderr=child,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"})
+    os.close(child)
+
+    def shown(until, seconds=120):
+        text, end = b"", time.monotonic() + seconds
+        while until not in text and time.monotonic() < end and select.select([parent], [], [], 1) is not None:
+            if select.select([parent], [], [], 1)[0]:
+                text += os.read(parent, 1000)
+        assert until in text, text
+        return text.decode()
+
+    shown(b"? ")
+    os.write(parent, b"a b c\n")
+    answer = shown(b"? ").split("\n")[1]
+    os.write(parent, b"\x10\n")  # Ctrl-P: the question before
+    again = shown(b"? ")
+    assert "a b c" in again and answer in again
+    os.write(parent, b"\x04")
+    assert process.wait(60) == 0
+    os.close(parent)
+
+
+# ---- nothing is lost
+
+
+def test_outputs_never_replace_inputs(trained, rows, tmp_path, refused, monkeypatch):
+    """Nor files that this program did not make. All is refused before a model is opened."""
+    monkeypatch.setattr(runs, "open_model", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("d.jsonl", "predictions.jsonl"):
+        shutil.copy(rows, name)
+    outputs = write(Path("o.jsonl"), *[{"output": "A"}] * 30)
+    os.symlink("d.jsonl", "link.md")
+    os.link("d.jsonl", "hard.json")
+    Path("mine").mkdir()
+    for name in ("metrics.json", "notes.md", "tsne.png", "r-spectrum.png"):
+        Path("mine", name).write_text("my own")
+    (Path("mine/taken") / "metrics.json").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    scoring, run = ["--predictions", outputs], trained[0]
+    for flags in (
+        [*scoring, "--data", "d.jsonl", "--out", outputs], [*scoring, "--data", "d.jsonl", "--out", "d.jsonl"],
+        [*scoring, "--data", "d.jsonl", "--out", "hard.json"], [*scoring, "--data", "d.jsonl", "--out", "link.md"],
+        [*scoring, "--data", "d.jsonl", "--out", "mine/notes.md"],
+        [*scoring, "--data", "d.jsonl", "--out", "/dev/null"],
+        [run, "--data", "d.jsonl", "--report", "d.jsonl"], [run, "--data", "d.jsonl", "--report", "./mine/../d.jsonl"],
+        [run, "--data", "d.jsonl", "--report", "link.md"], [run, "--data", "d.jsonl", "--report", run / "log.jsonl"],
+        [run, "--data", "d.jsonl", "--report", run / "config.json"],
+        [run, "--data", "d.jsonl", "--report", "mine/r.md"],
+        [run, "--data", "predictions.jsonl", "--out", "."], [run, "--data", "d.jsonl", "--out", "mine"],
+        [run, "--data", "d.jsonl", "--out", "mine/taken"], [run, "--data", "d.jsonl", "--report", "mine"],
+        [*trained, "--data", "d.jsonl", "--out", "new", "--report", "mine/notes.md"],
+    ):
+        message = refused(*flags)
+        assert "would be lost" in message or "not from an earlier" in message or "is a folder" in message, message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_an_evaluation_left_is_replaced_by_the_next(trained, rows, tmp_path):
+    flags = [*trained, "--data", rows, "--limit", "5", "--max_new_tokens", "1", "--out", tmp_path]
+    call(*flags)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    call(*flags)
+    assert all(path.stat().st_mtime_ns > before for path, before in made.items())
+    scoring = ["--predictions", tmp_path / "a/predictions.jsonl", "--data", rows, "--out", tmp_path / "m"]
+    call(*scoring)
+    call(*scoring)
+
+
+@pytest.mark.parametrize(("run", "name"), [
+    ("r$x$", "$\\frac$"), ("plain", os.fsdecode(b"r\xff")), ("a|b (c) >d", "a|b (c) >d"), ("x" * 100, "x" * 100)])
+def test_odd_names_of_runs_and_files(trained, rows, tmp_path, run, name):
+    run, file, target = tmp_path / run, tmp_path / f"{name}.jsonl", tmp_path / f"{name}.md"
+    shutil.copytree(trained[0], run)
+    shutil.copy(rows, file)
+    call(run, "--data", file, "--limit", "5", "--max_new_tokens", "1", "--report", target)
+    pictures = [line.split("](<")[1][:-2] for line in target.read_text().splitlines() if line.startswith("![")]
+    assert len(pictures) == 3 and all(os.path.exists(os.path.join(os.fsencode(tmp_path), unquote_to_bytes(picture)))
+                                      for picture in pictures)
+
+
+def test_weights_that_are_not_finite_are_told_of_at_once(trained, rows, tmp_path, refused):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    state = load_file(run / "best/model.safetensors")
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    save_file(state, run / "best/model.safetensors")
+    assert "not finite" in refused(run, "--data", rows, "--out", tmp_path / "out")
+    assert "not finite" in refused(run, "--ask", "a")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- mistakes
 
 
@@ -457,6 +733,9 @@ def test_spider_is_executed_and_a_broken_gold_query_left_out(tmp_path, refused, 
     (["--tokenizer", "nonsense"], "nonsense"),
     (["--base", "nowhere"], "nowhere"),
     (["--device", "toaster"], "--device toaster"),
+    (["--ask", "a"], "--ask wants one RUN, and writes no files"),
+    (["--seed", "9" * 30], "--seed 999"),
+    (["--max_new_tokens", "4294967296"], "--max_new_tokens 4294967296"),
 ])
 def test_mistakes_are_one_line(trained, rows, refused, tmp_path, flags, complaint):
     assert complaint in refused(trained[0], "--data", rows, "--out", tmp_path / "out", "--max_new_tokens", "1", *flags)
@@ -465,6 +744,9 @@ def test_mistakes_are_one_line(trained, rows, refused, tmp_path, flags, complain
 def test_what_is_no_run(trained, rows, refused, tmp_path):
     assert "no config.json" in refused(tmp_path, "--data", rows)
     assert "either" in refused("--data", rows)
+    assert "--data is missing" in refused(trained[0])
+    for flags in (["--ask"], [*trained, "--ask", "a"], ["--predictions", rows, "--ask", "a"]):
+        assert "one" in refused(*flags)
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in refused(tmp_path, "--data", rows)
     young = Path(shutil.copytree(trained[0], tmp_path / "young", ignore=shutil.ignore_patterns("best", "checkpoint")))
