@@ -6,8 +6,9 @@
     order(...)                         which examples make up which optimizer step: a function of (seed, epoch)
     collate(examples, k) -> Batch      the segments of the picture in jepa.py, cut into rows of one batch
 
-Labels are made together with the ids, from what the tokenizer says is the answer: never by searching the ids, never
-from "id != pad". `python data.py FILE` shows what becomes of one row. Read next: `train.py`.
+Labels are made together with the ids, from what the tokenizer says is the answer: never by searching the ids for it,
+never from where the padding is (pad and stop token may be the same id). `python data.py FILE` shows what becomes of one
+row. Read next: `train.py`.
 """
 
 import base64
@@ -120,7 +121,7 @@ def plain_chat(encode, tags, between, stop, messages):
 
 
 def decode(bpe, ids):
-    """Text of ids. An embedding may have more rows than there are tokens: such an id is a replacement character."""
+    """Text of ids. An embedding may have more rows than the vocabulary has tokens; such an id becomes U+FFFD."""
     tokens = (bpe.decode_single_token_bytes(i) if i < bpe.n_vocab else b"\xef\xbf\xbd" for i in ids)
     return b"".join(tokens).decode("utf-8", errors="replace")
 
@@ -146,7 +147,7 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
     """Tokenize a conversation: `Example`.
 
     train_on: "answer" makes the last answer and its stop token targets, "all" every id but the first.
-    stop_label=False takes the target off every stop token, as the official code does by accident.
+    stop_label=False removes stop tokens from the targets, as the official code does by accident.
     """
     messages, last = conversation.messages, len(conversation.messages) - 1
     answered = messages[last]["role"] == "assistant"  # plain text and paraphrases have no answer
@@ -158,7 +159,7 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
         if turn is not None:
             start[turn], end[turn] = len(full), len(full) + len(ids)
         full += ids
-        trained += [turn == last] * len(ids)
+        trained += [answered and turn == last] * len(ids)
     if answered:
         if tokenizer.stop not in full[end[last] :]:
             raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
@@ -220,8 +221,8 @@ def order(lengths, size, seed, epoch, window=64):
 
 
 def derangement(n, *seed):
-    """A random permutation of n >= 2 that leaves nothing in its place: along a random cycle, each goes to the next."""
-    cycle = np.random.default_rng(seed).permutation(n)
+    """A random permutation of n >= 2 without fixed points: each goes to the next on a random cycle."""
+    cycle = np.random.default_rng([*seed, 2]).permutation(n)  # 2: not the draw of `order`, where neighbours are batched
     partner = np.empty(n, dtype=int)
     partner[cycle] = np.roll(cycle, -1)
     return partner.tolist()
@@ -258,7 +259,7 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     """Lay the examples out in rows: `jepa.Batch`.
 
     layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [user turn alone + PRED | CODE].
-    jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] follows CODE, Code predicts Text.
+    jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] comes after CODE, Code predicts Text.
     front_pred (paper layout only): [PRED] stands before the user's content, and Text's last token is Pred(Enc(Text)).
     multiple: rows are padded to a multiple of this many columns.
     """

@@ -6,7 +6,7 @@ its encoding of Code (paper, section 3):
 
     L = gamma * L_LM(conversation) + lam * d( Pred(Enc(Text)), Enc(Code) )        d: 1 - cosine similarity, or another
 
-    Enc(x)   the hidden state, after the final norm, of the last content token of x, where x stands alone
+    Enc(x)   the hidden state, after the final norm, of the last content token of x, where x sees nothing but itself
     Pred     no extra network: k learned vectors, the [PRED] tokens, are appended to Text, and the hidden state of the
              last of them is Pred(Enc(Text)). The decoder itself is the predictor. k = 0: Text's own last state.
 
@@ -21,7 +21,7 @@ one row gives all three, because the mask decides what each token may know:
 
                  TEXT                  ANSWER                     PRED          CODE
     tokens       system, question      role tag, answer, stop     [PRED] x k    role tag, answer (once more)
-    position     0 1 2 3 ...           goes on after TEXT         after TEXT    0 1 2 ...
+    position     0 1 2 3 ...           goes on from TEXT          from TEXT     0 1 2 ...
     learns       -                     to write answer and stop   -             -
     encoding     (k = 0: last token)   -                          last token    last token
 
@@ -34,32 +34,35 @@ The mask is causal, and a token sees only the segments that its own view consist
     ANSWER        # # #  #                 goes on from TEXT: the conversation, as in plain fine-tuning
                   # # #  # #
     PRED          # # #       #            goes on from TEXT too, at the same positions, and has never seen the answer
-    CODE                         #         knows nothing but itself
+    CODE                         #         sees only itself
                                  # #
 
-ANSWER and PRED are two continuations of the same TEXT that do not know of each other. Leave out PRED and CODE, and what
+ANSWER and PRED are two continuations of the same TEXT that cannot see each other. Leave out PRED and CODE, and what
 remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and what runs at **inference**, where the
 model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
 
 This is the `fused` layout. In the `paper` layout, the official code's, Text is encoded a second time without the
 system turn, in a row of its own: [TEXT ANSWER] and [user's turn alone + PRED | CODE]. Where the views are the same
-tokens, both layouts and three separate passes give the same losses and gradients; `python jepa.py` shows it.
+tokens, both layouts and three separate passes give the same losses and gradients (tests/test_jepa.py); `python jepa.py`
+shows one row and three passes.
 
 
 What it costs, what can go wrong
 --------------------------------
 *Cost.* A conversation of n tokens with a Code of c costs 1 + (k + c) / n times plain fine-tuning when fused; paper adds
-Text once more. **JEPA-loss dropout** (`--loss_dropout`, paper section 5) makes a share of the steps plain next-token
-steps: their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
+Text once more. **JEPA-loss dropout** (`--loss_dropout`, paper section 5) turns a fraction of the steps into plain
+next-token steps: their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
 
 *No gain is guaranteed.* The next-token loss alone already makes Text's states good for predicting Code, token by token;
-the JEPA term asks for one state that resembles another. It can regularise, or take capacity away: hence the controls.
+the JEPA term asks for one state that resembles another. It can regularise, or take capacity away. Hence the
+controls: `--lam 0`, and `--shuffle_pairs`, where a gain cannot come from the pairing.
 
 *Collapse.* If every Text and every Code has the same encoding, the cosine loss is zero and nothing has been learnt. The
 usual guards (stop-gradient, moving average, negatives) are absent by design: only the next-token loss stands against
-it. So a small JEPA loss proves nothing. Look at the cosine of *shuffled* pairs, each Text with another row's Code:
-while the encodings tell rows apart, true pairs are closer than shuffled ones; after collapse both are 1. `train.py`
-prints the two side by side. `infonce` and `uniform` below are distances that collapse does not make small.
+it. So a small JEPA loss proves nothing. Look at the cosine of *shuffled* pairs, each Text with another example's Code:
+in a model that has learnt the pairing, true pairs are closer; after collapse both are 1. Each validation of `train.py`
+prints the two as cosine_pairs and cosine_shuffled. `infonce`, `uniform` and `sigreg` below are distances whose minimum
+is not at collapse.
 
 Read next: `model.py`; then `data.py`, whose `collate` builds the `Batch` that this file takes.
 
@@ -108,7 +111,7 @@ class Batch(NamedTuple):
     code_at: torch.Tensor  # (N, 2): the place whose state is Enc(Code)
 
     def to(self, device):
-        """The same on another device; a GPU copies while it works, if the batch lies in pinned memory."""
+        """The same on another device. A GPU copies from pinned memory while it goes on computing."""
         pinned = (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor for tensor in self)
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
@@ -118,7 +121,8 @@ def pick(hidden, at):  # (B, T, C), (N, 2) -> (N, C)
     return hidden[at[:, 0], at[:, 1]]
 
 
-# ---- distances between predicted and actual encodings. A new one needs an entry in DISTANCES, and nothing else.
+# ---- distances between predicted and actual encodings. A new one needs an entry in DISTANCES, which makes it a value
+# of `--distance`, and one in IN_BATCH if it compares examples with each other.
 
 
 def cosine(text, code):  # (N, C), (N, C) -> ()
@@ -144,7 +148,10 @@ def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> ()
 
 def uniform(text, code):  # (N, C), (N, C) -> ()
     """Alignment and uniformity (Wang and Isola 2020, arXiv 2005.10242): cosine, plus a penalty on what lies close
-    together on the sphere, log mean exp(-2 |x - y|^2) over different rows x, y: 0 after collapse, at least -4."""
+    together on the sphere, log mean exp(-2 |x - y|^2) over different examples x, y: 0 after collapse, about -4 where
+    many are spread evenly."""
+    if len(text) < 2:
+        return cosine(text, code)  # nothing to be apart from
     apart = [torch.pdist(F.normalize(states, dim=-1)).square() for states in (text, code)]  # (N * (N - 1) / 2,) each
     return cosine(text, code) + sum((-2 * squares).exp().mean().log() for squares in apart) / 2
 
@@ -166,7 +173,7 @@ def sigreg(text, code, directions=256, knots=17):  # (N, C), (N, C) -> ()
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce, "uniform": uniform, "sigreg": sigreg}
-IN_BATCH = {"infonce", "uniform", "sigreg"}  # these compare the rows of a forward pass with each other
+IN_BATCH = {"infonce", "uniform", "sigreg"}  # these compare the examples of a forward pass with each other
 
 
 # ---- the model and its loss
@@ -190,7 +197,7 @@ class LLMJEPA(nn.Module):
     def __init__(self, decoder, k):
         super().__init__()
         self.decoder = decoder
-        self.gather = None  # of several processes: a function that collects the rows of all (support/processes.py)
+        self.gather = None  # with several processes: a function that gathers the rows of all (support/processes.py)
         table = decoder.embed.weight.detach().float()  # (V, C)
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
@@ -200,7 +207,7 @@ class LLMJEPA(nn.Module):
         stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
         whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
         part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
-        not for distances IN_BATCH, which compare the rows of a part only).
+        not for distances IN_BATCH, which compare the examples of a part only).
         """
         return self.losses(self.hidden(batch), batch, lam, distance, gamma, stop_grad, whole)
 
@@ -225,7 +232,7 @@ class LLMJEPA(nn.Module):
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(text) / pairs
+            share = len(text) / pairs  # each process computes the distance over all rows, and counts its own share
             if self.gather and self.training:
                 text, code = self.gather(text), self.gather(code)
             jepa = share * DISTANCES[distance](text, code)
@@ -270,29 +277,31 @@ def main():
     ids = [number[word] for word in text + answer] + [-1, -2] + [number[word] for word in code]
     segment = [TEXT] * 4 + [ANSWER] * 5 + [PRED] * 2 + [CODE] * 4
     position = [0, 1, 2, 3] + [4, 5, 6, 7, 8] + [4, 5] + [0, 1, 2, 3]
-    targets = [4, 5, 6, 7]  # from "<answer>" on, each of these columns is to predict the next one
+    predict = [4, 5, 6, 7]  # from "<answer>" on, each of these columns is to predict the next one
     places = lambda columns: torch.tensor([[0, column] for column in columns])  # noqa: E731
     batch = Batch(
         ids=torch.tensor([ids]), segment=torch.tensor([segment]), position=torch.tensor([position]),
-        label_at=places(targets), label=torch.tensor([ids[column + 1] for column in targets]),
+        label_at=places(predict), label=torch.tensor([ids[column + 1] for column in predict]),
         text_at=places([10]), code_at=places([14]),
     )
-    print("One row: column, segment, position, token (* is to be written, and so is the loss of the column before it)")
+    print("One row: column, segment, position, token (* marks a target: the column before it is trained to predict it)")
     for column, (token, at) in enumerate(zip(ids, position, strict=True)):
         word = words[token] if token >= 0 else f"[PRED {-token}]"
+        word += " *" if column - 1 in predict else ""
         name = ("TEXT", "ANSWER", "PRED", "CODE")[segment[column]]
         seen = "".join("#" if allowed else "." for allowed in mask(batch.segment)[0, column])
-        print(f"  {column:2d}  {name:6s} {at:2d}  {word + ' *' * (column - 1 in targets):10s}  may attend to  {seen}")
+        print(f"  {column:2d}  {name:6s} {at:2d}  {word:10s}  may attend to  {seen}")
 
     def alone(ids):
         """The states of a view that has a forward pass of its own, (T, C)."""
         row, empty = torch.tensor([ids]), torch.zeros(0, 2, dtype=torch.long)
-        causal = torch.full_like(row, TEXT)
-        return model.hidden(Batch(row, causal, torch.arange(len(ids))[None], empty, empty[:, 0], empty, empty))[0]
+        batch = Batch(ids=row, segment=torch.full_like(row, TEXT), position=torch.arange(len(ids))[None],
+                      label_at=empty, label=empty[:, 0], text_at=empty, code_at=empty)
+        return model.hidden(batch)[0]
 
     with torch.no_grad():
         fused = model(batch, lam=2.0)
-        lm = F.cross_entropy(model.decoder.logits(alone(ids[:9])[targets]), batch.label)
+        lm = F.cross_entropy(model.decoder.logits(alone(ids[:9])[predict]), batch.label)
         jepa = cosine(alone(ids[:4] + [-1, -2])[-1:], alone(ids[11:])[-1:])
     print("\nlosses at lam = 2         total       lm     jepa")
     print(f"one pass over the row   {fused.total:.6f} {fused.lm:.6f} {fused.jepa:.6f}")

@@ -41,7 +41,8 @@ class Config:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
 
-    # What other families change. A first reader may skip this part, and every line below that names one of its fields.
+    # What other families change. A first reader may skip this part: at these defaults the lines below that name one of
+    # the fields do nothing but scale attention by 1 / sqrt(head_dim).
     embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d_model)
     norm_plus_one: bool = False  # Gemma stores w - 1
     pre_norm: bool = True  # norm what goes into attention and MLP
@@ -159,7 +160,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two or, gated, three projections with a nonlinearity between them."""
+    """Two projections, or three if gated, with a nonlinearity in between."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +217,8 @@ class Decoder(nn.Module):
             self.apply(self._draw)
 
     def _draw(self, module):
-        """GPT-2's: N(0, 0.02), and less for what is added to the residual stream, so that depth does not swell it."""
+        """GPT-2's initialisation: N(0, 0.02), and smaller for projections into the residual stream, whose variance
+        would otherwise grow with depth. A block is visited after what is in it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -239,7 +241,8 @@ class Decoder(nn.Module):
         """States after the final norm, (B, T, C).
 
         ids (B, T). mask (B, T, S) bool: True where token q may attend to column k. position (B, T): counted per view.
-        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C) stands in for `embed(ids)`.
+        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C), if given,
+        is used instead of `embed(ids)`.
         """
         c = self.config
         x = (self.embed(ids) if embeds is None else embeds) * c.embed_scale  # (B, T, C)

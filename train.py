@@ -46,7 +46,8 @@ def data_flags(add):
     add("--no_stop_label", action="store_true",
         help="never train on the stop token; with --train_on all this is what the official code really optimises")
     add("--shuffle_pairs", action="store_true",
-        help="control: each Text is paired with another row's Code, anew each epoch. What still helps is not JEPA")
+        help="control: each Text is paired with another example's Code, anew each epoch. A gain that survives this "
+        "does not come from the pairing")
 
 
 def model_flags(add):
@@ -64,7 +65,7 @@ def model_flags(add):
 def method_flags(add):
     add("--lam", type=cli.number(), default=1.0, help="weight of the JEPA loss; 0 is plain fine-tuning")
     add("--k", type=cli.whole(0, 10_000), default=1,
-        help="number of [PRED] tokens behind Text; 0: Text's own last state predicts")
+        help="number of [PRED] tokens after Text; 0: Text's own last state predicts")
     add("--distance", choices=sorted(DISTANCES), default="cosine",
         help="between predicted and actual encoding of Code; infonce has the rest of the forward pass as negatives")
     add("--gamma", type=cli.number(), default=1.0, help="weight of the next-token loss")
@@ -73,25 +74,28 @@ def method_flags(add):
     add("--layout", choices=["fused", "paper"], default="fused",
         help="fused: all views in one row; paper: two rows, Text encoded anew without the system turn")
     add("--front_pred", action="store_true",
-        help="[PRED] before the user's content, not behind it; needs --layout paper. The paper found it worse: "
+        help="[PRED] before the user's content, not after it; needs --layout paper. The paper found it worse: "
         "68.07 %% against 71.46 %% exact match (NL-RX-SYNTH, Llama-3.2-1B)")
     add("--reverse", action="store_true",
-        help="Code predicts Text: [PRED] behind Code. The paper found it worse: 65.70 %% against 71.46 %%")
+        help="Code predicts Text: [PRED] after Code. The paper found it worse: 65.70 %% against 71.46 %%")
     add("--stop_grad", choices=["none", "text", "code"], default="none", help="view that gets no gradient from JEPA")
 
 
 def optimisation_flags(add):
     add("--epochs", type=cli.whole(1), help="passes over the data; default 12 for tiny, 4 otherwise")
     add("--max_steps", type=cli.whole(1), help="stop after this many optimizer steps, whatever --epochs says")
-    add("--batch_size", type=cli.whole(1), help="examples per forward pass; default 32 for tiny, 4 otherwise")
-    add("--grad_accum", type=cli.whole(1), default=1, help="forward passes per optimizer step, averaged exactly")
+    add("--batch_size", type=cli.whole(1),
+        help="examples per forward pass, of all processes together; default 32 for tiny, 4 otherwise")
+    add("--grad_accum", type=cli.whole(1), default=1,
+        help="forward passes per optimizer step, averaged exactly (but for distances that compare examples)")
     add("--lr", type=cli.number(), help="peak learning rate; default 2e-3 for tiny, 2e-5 otherwise")
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the rate after warm-up")
     add("--warmup", type=cli.number(0, 1), default=0.03,
-        help="part of all steps in which the learning rate rises from zero")
+        help="fraction of all steps in which the learning rate rises to its peak")
     add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
     add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient")
-    add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the initial weights and of the order of the data")
+    add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
+        help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
 
 
 def hardware_flags(add):
@@ -190,14 +194,14 @@ class Run:
     skipped: torch.Tensor = None  # all steps that were not taken since this process began
     validations: list = None  # what the log says of them
     saved_at: float = 0.0  # seconds, of time.monotonic
-    warned: bool = False  # that the encodings have collapsed
+    warned: bool = False  # that the encodings have collapsed; set by `validate`
 
 
 # ---- one optimizer step
 
 
 def learning_rate(step, total, args):
-    """Linear warm-up, then the schedule, which would reach zero at step == total."""
+    """Linear warm-up, then the schedule; cosine and linear would reach zero at step == total."""
     warmup = max(1, round(args.warmup * total))
     if step < warmup:
         return args.lr * (step + 1) / warmup
@@ -207,7 +211,7 @@ def learning_rate(step, total, args):
 
 
 def take_step(run, examples):
-    """One optimizer step on these examples. Returns what the log says of it, as tensors that are not waited for."""
+    """One optimizer step on these examples. Returns what is logged of it, as tensors: a GPU is not waited for."""
     args, optimizer = run.args, run.optimizer
     # the learning rate of this step
     for group in optimizer.param_groups:
@@ -221,12 +225,12 @@ def take_step(run, examples):
         tokens += (batch.segment != PAD).sum().item()
         with run.autocast():
             part = run.losses(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
-        (part.total * WORLD).backward()
+        (part.total * WORLD).backward()  # several processes' engines average over them, and shares must be summed
         sums += torch.stack(part).detach()
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     norm = norm.full_tensor() if args.shard else norm
-    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW looks at this, as GradScaler would set it
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     run.failures = optimizer.found_inf * (run.failures + 1)
@@ -236,7 +240,8 @@ def take_step(run, examples):
 
 
 def batch_of(run, examples, jepa):
-    """The batch of a forward pass: of several processes each has its share, which may be a row that counts nothing."""
+    """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
+    takes part with one that has no labels and no pairs."""
     own = processes.own_share(examples)
     multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes for the compiler
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
@@ -252,7 +257,7 @@ def make_optimizer(model, args):
     matrices = [p for name, p in trained if p.dim() >= 2 and name != "pred"]
     others = [p for name, p in trained if p.dim() < 2 or name == "pred"]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    for _, p in trained:  # zeros rather than None: a step without a JEPA term moves all parameters by the same rule
+    for _, p in trained:  # with None, AdamW would leave [PRED] out of a step without a JEPA term
         p.grad = torch.zeros_like(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
@@ -270,14 +275,14 @@ def fit(run):
     lengths = [len(e.full) for e in run.examples]
     per_epoch = -(-len(lengths) // size)
     run.total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
-    run.failures, run.skipped = torch.zeros(2, device=run.device)
+    run.failures, run.skipped = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     run.saved_at = time.monotonic()
     stop = processes.Stop()
     if run.step and not any(line["step"] == run.step for line in run.validations):
         validate_if_due(run, per_epoch)  # the run was stopped before it could
     while run.step < run.total:
         epoch, first = divmod(run.step, per_epoch)
-        # what is left of this epoch (all of it, but after a resume), no further than the last step
+        # the steps left in this epoch (fewer after a resume), up to the last step of the run
         steps = data.order(lengths, size, args.seed, epoch)[first : first + run.total - run.step]
         examples = paired_anew(run.examples, args.seed, epoch) if args.shuffle_pairs else run.examples
         bar = tqdm(steps, f"epoch {epoch + 1}/{args.epochs}", unit="step", leave=False, disable=RANK > 0,
@@ -296,8 +301,8 @@ def fit(run):
             stopping, due = processes.any_of(stop.wanted, due)
             if stopping or due:
                 save(run)
-            if stopping:
-                return run.step == run.total
+            if stopping and run.step < run.total:
+                return False
         save(run)
         validate_if_due(run, per_epoch)
     return True
@@ -310,7 +315,7 @@ def paired_anew(examples, seed, epoch):
 
 
 def stop_if_failing(run, members):
-    """Raise `Stopped` at the third step in a row whose loss or gradient is not finite."""
+    """Raise `Stopped` if this step and the two before it, or more, had a gradient that is not finite."""
     if run.failures < 3:
         return
     rows = ", ".join(run.places[i] for i in members[:4]) + (", ..." if members[4:] else "")
@@ -350,14 +355,15 @@ def validate_if_due(run, per_epoch):
         with processes.at_hand(run.model, run.args.shard):
             scores = validate(run)
     if not math.isfinite(scores["val_lm"]):
-        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; best/ holds the last good state")
+        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; best/ holds the best state before")
     if not run.validation or all(rank(scores) > rank(line) for line in run.validations):
         runs.save_best(run.model, run.args, run.source)
     run.validations.append({"step": run.step, **scores})
     if run.validation and RANK == 0:
         epoch = -(-run.step // per_epoch)
         runs.log(run.args.out, step=run.step, epoch=epoch, **scores)
-        tqdm.write(f"epoch {epoch}, validation: " + ", ".join(f"{n[4:]} {v:.4f}" for n, v in scores.items()))
+        named = (f"{name.removeprefix('val_')} {value:.4f}" for name, value in scores.items())
+        tqdm.write(f"epoch {epoch}, validation: {', '.join(named)}")
     if RANK == 0:
         plots.curves([run.args.out], run.args.out / "loss.png")
 
@@ -435,11 +441,12 @@ def main():
         run.validations = runs.cut_log(args.out, run.step) if RANK == 0 else []
     elif RANK == 0:
         runs.create(args, len(run.examples))
-    args.out, run.validations = processes.all_of_them((args.out, run.validations))[0]
+    args.out, run.validations = processes.all_of_them((args.out, run.validations))[0]  # everyone takes process 0's
     held = runs.lock(args.out) if RANK == 0 else None
     if RANK == 0:
-        sizes = [sum(p.numel() for p in run.model.parameters() if p.requires_grad or all) for all in (True, False)]
-        print(f"{args.out}: {sizes[0]:,} parameters ({sizes[1]:,} trained), {len(run.examples):,} rows, on "
+        parameters = list(run.model.parameters())
+        total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        print(f"{args.out}: {total:,} parameters ({trained:,} trained), {len(run.examples):,} rows, on "
               f"{run.device}, from step {run.step}", flush=True)
 
     done = fit(run)
