@@ -480,6 +480,29 @@ def test_a_template_that_is_hostile_to_some_rows_only(made):
         assert "memory or time" in refusal(lambda: tokenizer.chat([SYSTEM, USER, ANSWER]))
 
 
+def test_ctrl_c_while_waiting_for_an_answer(made):
+    """The answer that comes late is not taken for the answer to the next question."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    slow = "{% if messages | length > 2 %}{% for a in range(20000) %}{{ '' }}{% endfor %}{% endif %}"
+    tokenizer = hf.tokenizer(made("byte-level", slow + LOOP))
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.chat([SYSTEM, USER, ANSWER])
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    refusal(lambda: tokenizer.encode("a dog"))
+
+
+def test_an_answer_that_is_much_longer_than_its_question(made):
+    tokenizer = hf.tokenizer(made("byte-level", CHATML))
+    assert "makes " in refusal(lambda: tokenizer.decode([tokenizer.stop] * 2_000_000))
+    assert tokenizer.decode([tokenizer.stop]) == "<|im_end|>"
+
+
 def grown(spec, steps):
     """Normalizers each of which writes "aa" for every "a"."""
     spec["normalizer"] = {"type": "Sequence", "normalizers": steps * [
