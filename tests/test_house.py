@@ -22,7 +22,7 @@ MAY_IMPORT = {  # DESIGN: arrows go from top to bottom
     "datasets": {"data", "support"},
 }
 SOURCES = sorted(path for folder in (".", *WINGS, "datasets") for path in (ROOT / folder).glob("*.py"))
-HEAVY = set("tokenizers jinja2 huggingface_hub sklearn greenery matplotlib pooch transformers peft".split())
+HEAVY = set("tokenizers jinja2 huggingface_hub sklearn matplotlib pooch transformers peft".split())
 
 
 def room(path):
