@@ -5,7 +5,7 @@
 
 Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns with each other and with a large matrix product,
 whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are those of the
-formula in `flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
+formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
 """
 
 import os
@@ -78,23 +78,20 @@ def train_step(form, device, dtype, number):
 # ---- what is measured
 
 
-def flops(config, rows, columns, logits):
+def step_flops(config, batch, all_logits=False):
     """Floating-point operations of a step, forward and backward, over rows of T columns.
 
     A row of T columns costs 2 P T in the linear layers (P: their parameters, without embeddings) and 4 L H D T^2 in
     attention (scores, and weighted sum, each 2 H D T^2 in each of L layers); logits cost 2 V C each time they are made,
-    by default for each label. The backward pass costs twice the forward pass.
+    which is for each label or, all_logits, in every column. The backward pass costs twice the forward pass.
     """
-    c = config
+    c, (rows, columns) = config, batch.ids.shape
     attention = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
     mlp = c.d_model * c.d_ff * (3 if c.gated else 2)
     linear = 2 * c.n_layer * (attention + mlp) * columns
     scores = 4 * c.n_layer * c.n_head * c.head_dim * columns**2
+    logits = rows * columns if all_logits else len(batch.label)
     return 3 * (rows * (linear + scores) + 2 * c.vocab_size * c.d_model * logits)
-
-
-def step_flops(config, batch, all_logits=False):
-    return flops(config, *batch.ids.shape, batch.ids.numel() if all_logits else len(batch.label))
 
 
 def take_turns(forms, rounds, device, warm_up=2):
@@ -186,7 +183,8 @@ def time_decoding(ways, batches, device):
     seconds = take_turns({name: partial(decode, name=name) for name in ways}, len(batches), device, warm_up=1)
     answers, found = {name: [made[i] for i in range(len(batches))] for name, made in answers.items()}, []
     for name, made in answers.items():
-        same = [a == b for pair in zip(made, answers[next(iter(ways))], strict=True) for a, b in zip(*pair)]  # noqa: B905
+        first = answers[next(iter(ways))]
+        same = [a == b for pair in zip(made, first, strict=True) for a, b in zip(*pair, strict=False)]
         found.append({"form": name, "rows_per_s": sum(map(len, made)) / sum(seconds[name]),
                       "same_text": sum(same) / len(same)})
     return found, answers

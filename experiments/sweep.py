@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -75,35 +74,7 @@ def logged(cell):
     return cell.log.read_text(encoding="utf-8", errors="replace")
 
 
-# ---- one cell
-
-
-class Jobs:
-    """The processes at work: `call` runs one to its end, `stop` ends all of them as Ctrl-C does."""
-
-    def __init__(self, threads):
-        self.threads, self.children, self.stopping = threads, set(), False
-
-    def call(self, words, log):
-        """Run a command, as a process group of its own (so that Ctrl-C reaches it once, from here): its exit code."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-        words = [sys.executable, *(os.path.expandvars(word) for word in words[1:])]
-        if self.stopping:
-            return 130
-        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment,
-                              start_new_session=True) as child:
-            self.children.add(child)
-            if self.stopping:
-                child.send_signal(signal.SIGINT)
-            return child.wait()
-
-    def stop(self):
-        self.stopping = True
-        for child in list(self.children):
-            child.send_signal(signal.SIGINT)  # does nothing to a child that has ended
-
-
-def run_cell(cell, jobs, keep):
+def run_cell(cell, threads, keep):
     """Train, evaluate, write the result. Returns a sentence where that did not come to its end, else None.
 
     The log is locked as long as this process or the one it started lives, so that no two work on the same cell.
@@ -126,12 +97,14 @@ def run_cell(cell, jobs, keep):
             elif stage == "train":
                 shutil.rmtree(cell.folder, ignore_errors=True)  # stopped before its first checkpoint
             print(f"$ {command}", file=log, flush=True)
-            code = jobs.call(shlex.split(command), log)
+            words = [sys.executable, *(os.path.expandvars(word) for word in shlex.split(command)[1:])]
+            code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
             print(f"\n= {stage} {time.time() - began:.1f} s, exit {code}", file=log, flush=True)
             if code:
                 return f"{stage}.py ended with exit code {code}; see {cell.log.relative_to(ROOT)}"
         if not cell.result.exists():
-            cli.write(cell.result, portable(json.dumps(collect(cell, jobs.threads), indent=1) + "\n"))
+            cli.write(cell.result, portable(json.dumps(collect(cell, threads), indent=1) + "\n"))
         for part in ("checkpoint", *(() if keep else ("best",))):
             shutil.rmtree(cell.folder / part, ignore_errors=True)
     return None
@@ -161,15 +134,14 @@ def portable(text):
     return text.replace(str(Path(folder).resolve()), "$LLMJEPA_SMOLLM2") if folder else text
 
 
-# ---- all cells
-
-
 def run_all(todo, count, keep):
-    """Run cells, `count` at a time. Returns how many did not come to their end."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs, failed = Jobs(max(1, cores // count)), 0
+    """Run cells, `count` at a time. Returns how many did not come to their end.
+
+    A terminal's Ctrl-C reaches the trainings too, which stop at a checkpoint; here it only means that no cell is begun.
+    """
+    cores, failed = os.cpu_count(), 0
     with ThreadPoolExecutor(count) as pool, tqdm(total=len(todo), unit="cell", smoothing=0) as bar:
-        waiting = {pool.submit(run_cell, cell, jobs, keep): cell for cell in todo}
+        waiting = {pool.submit(run_cell, cell, max(1, cores // count), keep): cell for cell in todo}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=1 if sys.stderr.isatty() else 60, return_when=FIRST_COMPLETED)
@@ -179,10 +151,8 @@ def run_all(todo, count, keep):
                     tqdm.write(f"{cell.name}: {problem or 'done'}")
                 bar.update(len(done))
                 bar.refresh()
-        except BaseException:
-            jobs.stop()
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     return failed
 
 
@@ -208,7 +178,6 @@ def main():
         raise UserError("set LLMJEPA_SMOLLM2 to the (absolute) folder of SmolLM2-135M-Instruct, which this grid trains")
     shipped = (ROOT / TRAIN_ROWS).read_text(encoding="utf-8").splitlines(keepends=True)
     cli.write(ROOT / RUNS / f"first-{grid['rows']}.jsonl", "".join(shipped[: grid["rows"]]))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = run_all([cell for cell, found in states if found != "done"], args.jobs, grid["keep"])
     if failed:
         raise cli.Stopped(f"{failed} cells did not come to their end; the same command goes on with them")

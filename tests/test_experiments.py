@@ -25,7 +25,7 @@ from support.cli import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 TRAIN = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 words = sys.argv
 resumed = "--resume" in words
 out = pathlib.Path(words[words.index("--resume" if resumed else "--out") + 1])
@@ -42,7 +42,14 @@ if "--no_checkpoint" in words and not (flag := out.parent / "died").exists():
 if "--die" in words and not resumed:
     sys.exit(9)
 if "--slow" in words and not resumed:
-    time.sleep(60)
+    signals = []
+    signal.signal(signal.SIGINT, lambda *_: signals.append(1))
+    (out / "ready").touch()
+    while not signals:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (out / "signals").write_text(str(len(signals)))
+    sys.exit(130)
 (out / "log.jsonl").write_text('{"step": 1}\\n{"step": 1, "val_lm": 0.5}\\n')
 (out / "best").mkdir()
 """
@@ -120,6 +127,7 @@ def test_what_was_begun_by_other_commands_is_run_again(place, monkeypatch):
     toy(monkeypatch, {"a": ""})
     cell, = sweep.cells("toy")
     assert sweep.state(cell) == "not run" and sweep.run_all([cell], 1, True) == 0 and seen(cell) == ["anew"]
+    assert sweep.logged(cell).startswith(f"$ {cell.commands['train']}\n") and "--die" not in sweep.logged(cell)
 
 
 def test_a_result_of_other_commands_is_not_taken_for_this_one(place, monkeypatch):
@@ -137,34 +145,39 @@ def test_no_two_processes_work_on_one_cell(place, monkeypatch):
     cell.folder.parent.mkdir(parents=True)
     with open(cell.log, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert sweep.run_cell(cell, sweep.Jobs(1), True) == "is being run by another process"
+        assert sweep.run_cell(cell, 1, True) == "is being run by another process"
     assert sweep.run_all([cell], 1, True) == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_stopped_goes_on(place, monkeypatch, how):
-    """Ctrl-C stops the trainings too; after a kill, what goes on alone is left to end before the cell is touched."""
+    """Ctrl-C, which a terminal sends to all, reaches each training once; what goes on after a kill is not disturbed."""
     grid = toy(monkeypatch, {"a": "--slow", "b": "--slow"})
     (place / "datasets").mkdir()
     shutil.copy(REPOSITORY / "datasets" / "synth_train.jsonl", place / "datasets")
     code = (f"import sys, pathlib; from experiments import sweep; from support import cli; "
             f"sweep.ROOT = pathlib.Path({str(place)!r}); sweep.GRIDS['toy'] = {grid!r}; "
             f"sys.argv = ['sweep', 'toy', '--jobs', '2']; cli.run(sweep.main)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     todo = sweep.cells("toy")
     for _ in range(600):
-        if all((cell.folder / "checkpoint").exists() for cell in todo):
+        if all((cell.folder / "ready").exists() for cell in todo):
             break
         time.sleep(0.1)
-    process.send_signal(how)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     _, said = process.communicate(timeout=30)
-    if how == signal.SIGKILL:
-        assert sweep.run_cell(todo[0], sweep.Jobs(1), True) == "is being run by another process"
+    if how != signal.SIGINT:
+        assert sweep.run_cell(todo[0], 1, True) == "is being run by another process"
         for cell in todo:
             os.kill(int((cell.folder / "pid").read_text()), signal.SIGKILL)
         time.sleep(0.5)
     else:
         assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
+        assert [(cell.folder / "signals").read_text() for cell in todo] == ["1", "1"]
     assert [sweep.state(cell) for cell in todo] == ["begun", "begun"]
     assert sweep.run_all(todo, 2, True) == 0
     assert [seen(cell) for cell in todo] == [["anew", "resumed"]] * 2
@@ -184,11 +197,11 @@ def cell(arm, seed, correct):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A grid with three arms, two of which were run with two seeds."""
-    toy(monkeypatch, {"lam0": "--lam 0", "better": "", "never": ""}, seeds=2)
+    """A grid with four arms, three of which were run with two seeds."""
+    toy(monkeypatch, {"lam0": "--lam 0", "better": "", "same": "", "never": ""}, seeds=2)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     for made in (cell("lam0", 0, "1100000000"), cell("lam0", 1, "1110000000"), cell("better", 0, "1111111111"),
-                 cell("better", 1, "1111111100")):
+                 cell("better", 1, "1111111100"), cell("same", 0, "1100000000"), cell("same", 1, "1110000000")):
         cli.write_json(tmp_path / report.RESULTS / "toy" / f"{made['arm']}-seed{made['seed']}.json", made)
     return tmp_path
 
@@ -197,7 +210,7 @@ def test_the_table_of_a_grid(results):
     about, _, head, _, *rows, _, picture = report.grid_table("toy")
     rows = {row[0]: row[1:] for row in ([part.strip() for part in line.split("|")[1:-1]] for line in rows)}
     head = [part.strip() for part in head.split("|")[2:-1]]
-    assert about == ("`python -m experiments.sweep toy`: 4 of 6 cells, 6.0 hours in all, threads each: 1; a CPU; "
+    assert about == ("`python -m experiments.sweep toy`: 6 of 8 cells, 9.0 hours in all, threads each: 1; a CPU; "
                      "code abc.")
     assert picture == "![toy: exact match against retrieval@1](results/toy.png)"
     better = dict(zip(head, rows["better"], strict=True))
@@ -205,6 +218,8 @@ def test_the_table_of_a_grid(results):
     assert better["exact match"] == f"90.00% ± {half:.2%}" and better["seeds"] == "2"
     assert better["minus lam 0 (points)"] == f"+65.00 ± {100 * 12.706 * 0.15:.2f}"
     assert better["retrieval@1"] == "12.5% ± 0.0%" and better["cosine of pairs / shuffled"] == "0.500 / 0.250"
+    _, p = report.compare(report.read_grid("toy")["better"], report.read_grid("toy")["lam0"])
+    assert better["p"] == f"{2 * p:.2g}" and rows["same"][head.index("p")] == "1"  # Holm: the smaller of two p values
     assert better["recall@10"] == "-" and better["candidates"] == "10"
     assert rows["lam0"][head.index("p")] == "-" and set(rows["never"]) == {"not run", "-"}
 
