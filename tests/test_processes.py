@@ -104,3 +104,29 @@ def test_bfloat16_is_refused_where_it_is_slow(monkeypatch):
         _, autocast = processes.hardware("cpu", dtype)
         with autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bytes_of_training_are_those_of_the_formula(lora_rank):
+    """4 bytes for each parameter, 12 more for each that is trained: gradient and AdamW's two moments."""
+    from argparse import Namespace
+
+    import data
+    from conftest import toy_decoder
+    from hf import lora
+    from jepa import LLMJEPA
+    from train import make_optimizer
+
+    model = LLMJEPA(toy_decoder("llama"), 2)
+    if lora_rank:
+        lora.add(model.decoder, lora_rank)
+    optimizer = make_optimizer(model, Namespace(lr=1e-3, weight_decay=0.1))
+    example = data.Example([1, 2, 3, 4], [False, False, True, True], 2, [1, 2], [3])
+    model(data.collate([example], 2)).total.backward()
+    optimizer.step()
+    parameters = list(model.parameters())
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]
+    total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+    assert sum(t.numel() * t.element_size() for t in tensors) == 4 * total + 12 * trained
+    assert (trained < total) == bool(lora_rank)
