@@ -1,24 +1,27 @@
 """Batched decoding with a key/value cache. In: a decoder and prompts (lists of ids). Out: answers (likewise).
 
-    in_batches(decoder, prompts, ...)           generate: greedy, or with choose=sampler(...)
-    log_likelihoods(decoder, prompts, choices)  nothing is generated: how likely is each of the given answers?
+    in_batches(decoder, prompts, ...)           greedy decoding, or with choose=sampler(...)
+    log_likelihoods(decoder, prompts, choices)  nothing is written: how likely is each of the given answers?
 
-What all prompts of a batch begin with (a system turn, say) is computed once. Behind it, prompts of different lengths
-are padded on the left, so that every row's next token lands in the same column:
+First the prompts are taken in (`prefill`). What all of them begin with, a system turn say, is computed once; then there
+is a forward pass for all prompts of one length, so that nothing is padded. Their keys and values become one cache, each
+row's on the right, so that the next token of every row lands in the same new column:
 
-    | shared | . . . . rest of one prompt | answer          The mask of the prompts is jepa.mask, the same rule as in
-    |        | . rest of a longer prompt  | answer          training: TEXT sees TEXT, PAD (the dots) sees PAD.
+    | . . . . a short prompt | answer          dots: columns that are not the row's own; `seen` is False there, and
+    | . a longer prompt      | answer          no token attends to them
 
-Read next: `eval.py`.
+Then (`decode`) every step adds a column. Rows that have ended leave the batch.
 """
 
+import copy
 import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from jepa import PAD, TEXT, mask
+from jepa import TEXT, mask
 
 
 class Answer(NamedTuple):
@@ -27,10 +30,10 @@ class Answer(NamedTuple):
 
 
 class Cache:
-    """Keys and values (B, G, S, D) and positions (B, S) of the columns so far; `Decoder.hidden` appends to it.
+    """Keys and values (B, G, S, D) and positions (B, S) of the S columns so far; `Decoder.hidden` appends to it.
 
     Tensors have room for a quarter more columns than are used, so that a new token seldom copies all earlier ones. New
-    columns of several rows may follow earlier ones of one row, which then belong to each of them.
+    columns of several rows may follow earlier ones of a single row, which then belong to each of them.
     """
 
     def __init__(self):
@@ -66,6 +69,18 @@ class Cache:
             held[moved, :, : self.end] = held[rows[moved], :, : self.end]
             self.tensors[name] = held[: len(rows)]
 
+    @classmethod
+    def stacked(cls, caches):
+        """The rows of several caches, aligned on the right: shorter ones begin with empty columns."""
+        one = cls()
+        one.end = max(cache.end for cache in caches)
+        gaps = [one.end - cache.end for cache in caches]
+        one.position = torch.cat([F.pad(cache.position, (gap, 0)) for cache, gap in zip(caches, gaps, strict=True)])
+        for name in caches[0].tensors:
+            parts = [cache.tensors[name][:, :, : cache.end] for cache in caches]
+            one.tensors[name] = torch.cat([F.pad(part, (0, 0, gap, 0)) for part, gap in zip(parts, gaps, strict=True)])
+        return one
+
 
 def most_likely(logits, rows, step):
     """Greedy decoding: the next token of each row, (B,), from its logits, (B, V)."""
@@ -100,49 +115,73 @@ def common(prompts):
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
+def prefill(decoder, prompts):
+    """(which prompt each row is, state of each row's last token (B, C), `Cache`)."""
+    device, shared = decoder.embed.weight.device, common(prompts)
+    members = {}  # length: prompts of that length
+    for i, prompt in enumerate(prompts):
+        members.setdefault(len(prompt), []).append(i)
+
+    def run(ids, start, cache):
+        """The last states of rows of ids that go on at column `start`; attention is what jepa.mask lets TEXT see."""
+        ids = torch.tensor(ids, device=device)
+        end = start + ids.shape[1]
+        causal = mask(torch.full((1, end), TEXT, device=device))[:, start:]
+        position = torch.arange(start, end, device=device).expand(len(ids), -1)
+        return decoder.hidden(ids, causal, position, cache)[:, -1]
+
+    beginning, caches, last = Cache(), [], []
+    if shared:
+        run([prompts[0][:shared]], 0, beginning)
+    for rows in members.values():
+        caches.append(copy.deepcopy(beginning))
+        last.append(run([prompts[i][shared:] for i in rows], shared, caches[-1]))
+    return [i for rows in members.values() for i in rows], torch.cat(last), Cache.stacked(caches)
+
+
 @torch.inference_mode()
 def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first.
 
     Rows that have met `stop`, or have filled the model's block_size, leave the batch and cost nothing more.
     """
+    room, device = decoder.config.block_size, decoder.embed.weight.device
     assert prompts and all(prompts), "every prompt needs at least one token"
-    assert max(map(len, prompts)) <= decoder.config.block_size, "a prompt is longer than the model's block_size"
-    device, width = decoder.embed.weight.device, max(map(len, prompts))
-    shared = common(prompts)
-    gaps = [width - len(prompt) for prompt in prompts]
-    ids = [prompt[:shared] + [0] * gap + prompt[shared:] for prompt, gap in zip(prompts, gaps, strict=True)]
-    ids, gap = torch.tensor(ids, device=device), torch.tensor(gaps, device=device)[:, None]  # (B, width), (B, 1)
-    column = torch.arange(width, device=device)
-    seen = (column < shared) | (column >= shared + gap)  # (B, width): columns that new tokens may attend to
-    may_see, cache = mask(torch.where(seen, TEXT, PAD)), Cache()  # (B, width, width)
-    if shared:  # the same in every row: the first row's columns become those of all
-        decoder.hidden(ids[:1, :shared], may_see[:1, :shared, :shared], column[None, :shared], cache)
-    hidden = decoder.hidden(ids[:, shared:], may_see[:, shared:], (column - gap).clamp(min=0)[:, shared:], cache)
-
-    answers, alive = [[] for _ in prompts], list(range(len(prompts)))  # alive: which prompt each row belongs to
+    assert max(map(len, prompts)) <= room, "a prompt is longer than the model's block_size"
+    alive, state, cache = prefill(decoder, prompts)  # alive: which prompt each row of the batch belongs to
+    length = torch.tensor([len(prompts[i]) for i in alive], device=device)[:, None]  # (B, 1)
+    seen = torch.arange(cache.end, device=device) >= cache.end - length  # (B, S): the columns that a row consists of
+    answers = [[] for _ in prompts]
     for step in range(max_new_tokens):
-        token = choose(decoder.logits(hidden[:, -1]), alive, step)  # (B,)
-        going = []
-        for row, (prompt, choice) in enumerate(zip(alive, token.tolist(), strict=True)):
-            if choice != stop:
-                answers[prompt].append(choice)
-            full = len(prompts[prompt]) + len(answers[prompt]) > decoder.config.block_size
-            if choice == stop or full or step == max_new_tokens - 1:
-                yield prompt, Answer(answers[prompt], choice == stop)
+        token = choose(decoder.logits(state), alive, step)  # (B,)
+        going = []  # rows of the batch
+        for row, (i, chosen) in enumerate(zip(alive, token.tolist(), strict=True)):
+            if chosen != stop:
+                answers[i].append(chosen)
+            full = len(prompts[i]) + len(answers[i]) > room
+            if chosen == stop or full or step == max_new_tokens - 1:
+                yield i, Answer(answers[i], chosen == stop)
             else:
                 going.append(row)
         if not going:
             return
-        if len(going) < len(alive):  # the last rows move to where rows have ended
-            tail, stays = [row for row in going if row >= len(going)], set(going)
-            rows = [row if row in stays else tail.pop() for row in range(len(going))]
-            alive = [alive[row] for row in rows]
-            rows = torch.tensor(rows, device=device)
-            token, gap, seen = token[rows], gap[rows], seen[rows]
+        if len(going) < len(alive):
+            going = closed_up(going)
+            alive, rows = [alive[row] for row in going], torch.tensor(going, device=device)
+            token, length, seen = token[rows], length[rows], seen[rows]
             cache.keep(rows)
-        seen = torch.cat([seen, torch.ones_like(gap, dtype=torch.bool)], dim=1)
-        hidden = decoder.hidden(token[:, None], seen[:, None], width + step - gap, cache)
+        seen = F.pad(seen, (0, 1), value=True)  # the column of the new token
+        state = decoder.hidden(token[:, None], seen[:, None], length + step, cache)[:, -1]
+
+
+def closed_up(rows):
+    """These rows in an order in which most stay where they are, and the last ones fill the places that are free.
+
+    >>> closed_up([0, 2, 4, 5])
+    [0, 5, 2, 4]
+    """
+    last, stay = [row for row in rows if row >= len(rows)], set(rows)
+    return [row if row in stay else last.pop() for row in range(len(rows))]
 
 
 def greedy(decoder, prompts, stop, max_new_tokens):
