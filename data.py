@@ -315,7 +315,7 @@ def main():
     parser.add_argument("file", type=Path, help="JSONL file of conversations")
     parser.add_argument("--row", type=cli.whole(1), default=1, help="which row of the file to show, from 1")
     parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder")
-    parser.add_argument("--k", type=cli.whole(0), default=1, help="number of [PRED] tokens")
+    parser.add_argument("--k", type=cli.whole(0, 10_000), default=1, help="number of [PRED] tokens")
     parser.add_argument("--layout", choices=["fused", "paper"], default="fused", help="see the picture in jepa.py")
     parser.add_argument("--train_on", choices=["answer", "all"], default="answer", help="which tokens are targets")
     args = parser.parse_args()

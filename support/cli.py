@@ -47,11 +47,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def whole(least, most=2**31 - 1):
     """The `type` of a flag: a whole number from `least` to `most`."""
     def convert(text):
+        value = least
         with contextlib.suppress(ValueError):
-            if least <= int(text) <= most:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least {least}" + (
-            f" and at most {most}" if text.strip("+-").isdigit() and int(text) > most else ""))
+            value = int(text)
+            if least <= value <= most:
+                return value
+        limits = f"at least {least}" + (f" and at most {most}" if value > most else "")
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {limits}")
     return convert
 
 
