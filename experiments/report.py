@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluation.report import markdown
+from evaluation.report import REASONS, markdown
 from experiments import bench
 from experiments.sweep import GRIDS, RESULTS, ROOT
 from support import cli
@@ -65,9 +65,11 @@ def read_grid(name):
 
 
 def value(cell, metric):
-    """A rate of metrics.json, or a figure about the encodings; None if this evaluation did not give it."""
-    rates, figures = cell["metrics"]["rates"], cell["metrics"].get("representation", {})
-    return rates[metric]["value"] if metric in rates else figures.get(metric)
+    """A rate of metrics.json, a figure about the encodings, a count of wrong outputs; None if it is not there."""
+    metrics = cell["metrics"]
+    if metric in metrics["rates"]:
+        return metrics["rates"][metric]["value"]
+    return (metrics["wrong"] | metrics.get("representation", {})).get(metric)
 
 
 def average(cells, metric, form):
@@ -94,8 +96,10 @@ def compare(cells, base):
 
 COLUMNS = {  # heading: ((metric, form), ...)
     "exact match": (("exact", "{:.2%} ± {:.2%}"),),
+    "prefix match": (("prefix", "{:.2%}"),),
     "same language": (("same_language", "{:.2%}"),),
     "stop rate": (("stopped", "{:.1%}"),),
+    "wrong: " + " / ".join(REASONS): tuple((reason, "{:.0f}") for reason in REASONS),
     "cosine of pairs / shuffled": (("cosine_aligned", "{:.3f}"), ("cosine_shuffled", "{:.3f}")),
     "retrieval@1": (("retrieval_at_1_text_to_code", "{:.1%} ± {:.1%}"),),
     "recall@10": (("retrieval_at_10_text_to_code", "{:.1%}"),),

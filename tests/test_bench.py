@@ -60,7 +60,7 @@ def test_separate_passes_cost_what_the_readme_says(examples):
 def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
     """Two batches; the slow way answers the first prompt of each, the fast way all of them, with the same text."""
     decoder, prompts = toy_decoder("llama"), [e.full for e in examples]
-    batches = [prompts[:2], prompts[2:]]
+    batches = [prompts[:3], prompts[3:]]
     batched = partial(bench.answers_of, decoder, -1, Namespace(new_tokens=6))
     rows, answers = bench.time_decoding({
         "slow": lambda chosen: [bench.one_by_one(decoder, prompt, -1, 6) for prompt in chosen[:1]],

@@ -190,9 +190,10 @@ def cell(arm, seed, correct):
     """What sweep writes of a cell, with made-up figures."""
     rates = {name: {"value": sum(map(int, correct)) / len(correct)} for name in ("exact", "same_language", "stopped")}
     found = {"n": len(correct), "cosine_aligned": 0.5, "cosine_shuffled": 0.25, "retrieval_at_1_text_to_code": 0.125}
-    return {"arm": arm, "seed": seed, "correct": correct, "metrics": {"rates": rates, "representation": found},
-            "seconds": {"train": 3600.0, "eval": 1800.0}, "versions": {"code": "abc"},
-            "hardware": {"gpu": None, "processor": "a CPU", "threads": 1}}
+    wrong = {"stopped too early": 1, "cut off by the budget": 2, "ran on": 3, "other": 4}
+    return {"arm": arm, "seed": seed, "correct": correct, "versions": {"code": "abc"},
+            "metrics": {"rates": rates, "representation": found, "wrong": wrong},
+            "seconds": {"train": 3600.0, "eval": 1800.0}, "hardware": {"gpu": None, "processor": "a CPU", "threads": 1}}
 
 
 @pytest.fixture
@@ -220,6 +221,8 @@ def test_the_table_of_a_grid(results):
     assert better["retrieval@1"] == "12.5% ± 0.0%" and better["cosine of pairs / shuffled"] == "0.500 / 0.250"
     _, p = report.compare(report.read_grid("toy")["better"], report.read_grid("toy")["lam0"])
     assert better["p"] == f"{2 * p:.2g}" and rows["same"][head.index("p")] == "1"  # Holm: the smaller of two p values
+    assert better["wrong: stopped too early / cut off by the budget / ran on / other"] == "1 / 2 / 3 / 4"
+    assert better["prefix match"] == "-"
     assert better["recall@10"] == "-" and better["candidates"] == "10"
     assert rows["lam0"][head.index("p")] == "-" and set(rows["never"]) == {"not run", "-"}
 
@@ -320,3 +323,42 @@ def test_curves_and_encodings_are_drawn_from_json(tmp_path):
              "points": [[[0.0, 1.0], [1.0, 0.0]], [[0.5, 1.0], [1.0, 0.5]]]}
     figures.draw_encodings([model, model], tmp_path / "encodings.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "encodings"))
+
+
+# ---- commands
+
+
+def test_the_list_says_how_far_each_cell_is(place, monkeypatch, capsys):
+    toy(monkeypatch, {"a": "--lam 0", "b": "--die"})
+    todo = sweep.cells("toy")
+    sweep.run_all(todo, 1, True)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sweep", "toy", "--list"])
+    sweep.main()
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[:2] for line in lines] == [["a-seed0", "done"], ["b-seed0", "begun"]]
+    assert lines[0][2] == todo[0].commands["train"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["toy", "--only", "c"], "--only c: toy has the arms a, b"), (["toy", "--jobs", "0"], "at least 1"),
+    (["none"], "invalid choice: 'none'"), (["smol"], "set LLMJEPA_SMOLLM2"),
+])
+def test_what_cannot_be_swept_is_said_in_one_line(place, monkeypatch, words, said):
+    toy(monkeypatch, {"a": "", "b": ""})
+    monkeypatch.setitem(sweep.GRIDS, "smol", sweep.GRIDS["toy"] | {"train": "--init $LLMJEPA_SMOLLM2"})
+    monkeypatch.delenv("LLMJEPA_SMOLLM2", raising=False)
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    with pytest.raises(UserError, match=re.escape(said)):
+        sweep.main()
+
+
+@pytest.mark.parametrize("module", ["bench", "peers", "sweep", "report", "figures"])
+def test_the_commands_of_the_readme_exist(module):
+    help_text = subprocess.run([sys.executable, "-m", f"experiments.{module}", "--help"], cwd=REPOSITORY,
+                               capture_output=True, text=True, check=True).stdout
+    assert f"python -m experiments.{module} " in help_text, "an example, as one would type it"
+    commands = re.findall(rf"`python\s+-m\s+experiments\.{module}\b([^`]*)`", report.README.read_text(encoding="utf-8"))
+    assert commands or module == "figures"
+    for flag in re.findall(r"(--\w+)", " ".join(commands)):
+        assert re.search(rf"{flag}\b", help_text), flag

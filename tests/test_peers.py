@@ -1,6 +1,7 @@
 """Hugging Face's forms compute what ours do, and the comparison notices when they do not; no timing is asserted."""
 
 import json
+import sys
 from argparse import Namespace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import toy_decoder
 from experiments import bench, peers
 from hf import weights
 from jepa import LLMJEPA, PAD
-from support.cli import Stopped
+from support.cli import Stopped, UserError
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,3 +83,10 @@ def test_the_command(tmp_path, monkeypatch, capsys, pair):
     assert [row["form"] for row in found["steps"]] == [*bench.KINDS, "HF plain", "HF two rows"]
     assert [row["form"] for row in found["decoding"]] == ["HF generate", "ours"] and str(tmp_path) not in str(found)
     assert all(row["mib"] >= 0 for row in found["steps"])
+
+
+def test_without_transformers_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr("sys.argv", ["peers"])
+    with pytest.raises(UserError, match=r"not installed; pip install -r tests/requirements.txt"):
+        peers.main()
