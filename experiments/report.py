@@ -13,7 +13,8 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluation.report import REASONS, markdown
+from evaluation.report import markdown
+from evaluation.tasks import REASONS
 from experiments import bench
 from experiments.sweep import GRIDS, RESULTS, ROOT
 from support import cli
