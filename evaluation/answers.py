@@ -80,11 +80,12 @@ def answered(path, header):
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
         first, *rest = map(json.loads, lines or [json.dumps(header)])
-        if first != header or not all(type(line["row"]) is int and isinstance(line["output"], str) and all(
-                isinstance(line[name], kind) for name, kind in KEYS.items() if name in line) for line in rest):
+        kinds = {"row": int} | KEYS
+        odd = any(type(value) is not kinds[name] for line in rest for name, value in line.items())
+        if first != header or odd or not all("output" in line for line in rest):
             raise ValueError
         return {line["row"]: line for line in rest}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: is damaged; delete it, and its answers are generated anew") from None
 
 

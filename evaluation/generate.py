@@ -115,28 +115,25 @@ def common(prompts):
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
+def states(decoder, ids, start, cache):
+    """Hidden states (B, T, C) of rows of ids that go on at column `start` of a cache; all of it is seen as TEXT is."""
+    device, end = decoder.embed.weight.device, start + len(ids[0])
+    causal = mask(torch.full((1, end), TEXT, device=device))[:, start:]  # (1, T, S)
+    position = torch.arange(start, end, device=device).expand(len(ids), -1)
+    return decoder.hidden(torch.tensor(ids, device=device), causal, position, cache)
+
+
 def prefill(decoder, prompts):
     """(which prompt each row is, state of each row's last token (B, C), `Cache`)."""
-    device, shared = decoder.embed.weight.device, common(prompts)
-    members = {}  # length: prompts of that length
+    shared, of_length, beginning, caches, last = common(prompts), {}, Cache(), [], []
     for i, prompt in enumerate(prompts):
-        members.setdefault(len(prompt), []).append(i)
-
-    def run(ids, start, cache):
-        """The last states of rows of ids that go on at column `start`; attention is what jepa.mask lets TEXT see."""
-        ids = torch.tensor(ids, device=device)
-        end = start + ids.shape[1]
-        causal = mask(torch.full((1, end), TEXT, device=device))[:, start:]
-        position = torch.arange(start, end, device=device).expand(len(ids), -1)
-        return decoder.hidden(ids, causal, position, cache)[:, -1]
-
-    beginning, caches, last = Cache(), [], []
+        of_length.setdefault(len(prompt), []).append(i)
     if shared:
-        run([prompts[0][:shared]], 0, beginning)
-    for rows in members.values():
+        states(decoder, [prompts[0][:shared]], 0, beginning)
+    for members in of_length.values():
         caches.append(copy.deepcopy(beginning))
-        last.append(run([prompts[i][shared:] for i in rows], shared, caches[-1]))
-    return [i for rows in members.values() for i in rows], torch.cat(last), Cache.stacked(caches)
+        last.append(states(decoder, [prompts[i][shared:] for i in members], shared, caches[-1])[:, -1])
+    return [i for members in of_length.values() for i in members], torch.cat(last), Cache.stacked(caches)
 
 
 @torch.inference_mode()
@@ -204,21 +201,11 @@ def in_batches(decoder, prompts, stop, max_new_tokens, batch_size, choose=most_l
 
 @torch.inference_mode()
 def log_likelihoods(decoder, prompt, choices):
-    """log P(choice | prompt) for each choice, summed over its tokens, in nats: a list of numbers.
-
-    All choices stand in one row behind the prompt. Each sees the prompt and itself, and its positions go on from there.
-    """
-    ids, choice, position = list(prompt), [0] * len(prompt), list(range(len(prompt)))
-    source, target = [], []  # the columns that predict the choices' tokens, and those tokens
-    for number, tokens in enumerate(choices, 1):
-        source += [len(prompt) - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
-        target += tokens
-        ids += tokens
-        choice += [number] * len(tokens)
-        position += range(len(prompt), len(prompt) + len(tokens))
-    device = decoder.embed.weight.device
-    ids, choice, position, target = (torch.tensor(x, device=device) for x in (ids, choice, position, target))
-    seen = ((choice == 0) | (choice == choice[:, None])).tril()
-    hidden = decoder.hidden(ids[None], seen[None], position[None])[0, source]  # (tokens of all choices, C)
-    found = torch.log_softmax(decoder.logits(hidden).float(), dim=-1).gather(1, target[:, None])[:, 0]
-    return [part.sum().item() for part in found.split([len(tokens) for tokens in choices])]
+    """log P(choice | prompt) for each choice, summed over its tokens, in nats: a list of numbers."""
+    cache, width = Cache(), max(map(len, choices))
+    if len(prompt) > 1:
+        states(decoder, [prompt[:-1]], 0, cache)
+    rows = [[prompt[-1], *tokens[:-1], *[0] * (width - len(tokens))] for tokens in choices]  # padded behind the end
+    logits = decoder.logits(states(decoder, rows, len(prompt) - 1, cache))  # (choices, width, V)
+    found = torch.log_softmax(logits.float(), dim=-1)
+    return [found[i, range(len(tokens)), tokens].sum().item() for i, tokens in enumerate(choices)]

@@ -15,26 +15,8 @@ from evaluation.tasks import REASONS
 from support import cli
 from support.cli import UserError
 
-RATES = {"exact": "exact match", "prefix": "starts with the gold answer", "contains": "contains the gold answer",
-         "stopped": "ended by the stop token", "same_language": "same language as the gold regex",
-         "spider": "same result when executed", "gsm8k": "right number after ####", "nq_open": "names a gold answer",
-         "label": "right label", "hellaswag": "right letter", "ending": "likeliest ending is right"}
-FIGURES = {
-    "cosine_aligned": "cosine of pairs, prediction and target", "cosine_shuffled": "cosine of shuffled pairs",
-    "cosine_gap": "pairs minus shuffled pairs", "n": "candidates for retrieval",
-    "retrieval_at_1_text_to_code": "retrieval@1, Text to Code",
-    "retrieval_at_1_code_to_text": "retrieval@1, Code to Text",
-    "retrieval_at_10_text_to_code": "recall@10, Text to Code",
-    "retrieval_at_10_code_to_text": "recall@10, Code to Text",
-    "mrr_text_to_code": "mean reciprocal rank, Text to Code", "mrr_code_to_text": "mean reciprocal rank, Code to Text",
-    "effective_rank_text": "effective rank, Enc(Text)", "effective_rank_pred": "effective rank, predictions",
-    "effective_rank_code": "effective rank, Enc(Code)", "mean_pairwise_cosine_text": "mean pairwise cosine, Enc(Text)",
-    "mean_pairwise_cosine_pred": "mean pairwise cosine, predictions",
-    "mean_pairwise_cosine_code": "mean pairwise cosine, Enc(Code)",
-    "linear_residual_relative": "best linear map, relative residual on held-out rows",
-    "linear_residual_absolute": "the same as in the paper: absolute, not held out",
-    "top100_singular_values_of_difference": "mean of top 100 singular values, Text - Code",
-}
+LABELS = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
+RATES, FIGURES = LABELS["rates"], LABELS["figures"]  # {name in metrics.json: what tables call it}, in their order
 
 
 @dataclass

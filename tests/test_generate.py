@@ -1,5 +1,7 @@
 """Batched, cached decoding against the naive loop: one prompt, no cache, the whole row again for each token."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,10 @@ def decode(decoder, prompts, stop, budget, **options):
 def prompts(*lengths):
     torch.manual_seed(3)
     return [torch.randint(0, 50, (n,)).tolist() for n in lengths]
+
+
+def test_docstring_examples():
+    assert doctest.testmod(generate) == (0, 1)
 
 
 def test_batched_and_cached_equals_naive(decoder):
