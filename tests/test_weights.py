@@ -345,6 +345,13 @@ def test_defaults_are_those_of_transformers(case, remove, tmp_path):
     assert short == weights.config(tmp_path)
 
 
+def test_gelu_in_gemmas_first_release_means_the_tanh_form(tmp_path):
+    """As Google's checkpoints were first published: the field says gelu, the model was trained with the other."""
+    reference("gemma").config.save_pretrained(tmp_path)
+    edit(tmp_path, remove=("hidden_activation",), hidden_act="gelu")
+    assert weights.config(tmp_path).activation == "gelu_tanh"
+
+
 # What is refused, in one line that names it
 
 
