@@ -167,7 +167,8 @@ def test_fused_rows(examples):
     assert batch.segment[row, :used].tolist() == [0] * t + [1] * (n - t) + [2] * 2 + [3] * len(e.code)
     assert (batch.segment[row, used:] == 4).all()
     assert batch.label_at[: n - 1 - t].tolist() == [[0, column] for column in range(t, n - 1)]
-    assert batch.label[: n - 1 - t].tolist() == e.full[t + 1 :] and len(batch.label) == sum(sum(e.trained) for e in examples)
+    assert batch.label[: n - 1 - t].tolist() == e.full[t + 1 :]
+    assert len(batch.label) == sum(sum(e.trained) for e in examples)
     for i, e in enumerate(examples):
         assert batch.text_at[i].tolist() == [i, len(e.full) + 1]
         assert batch.code_at[i].tolist() == [i, len(e.full) + 1 + len(e.code)]

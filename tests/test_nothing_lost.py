@@ -1,4 +1,4 @@
-"""What must never cost a user a run, a file, or an hour: losses that are not finite, folders in use, terminals that die."""
+"""What must never cost a user a run, a file, or an hour: bad losses, folders in use, dead terminals, full disks."""
 
 import json
 import os

@@ -111,8 +111,9 @@ def test_bytes_of_training_are_those_of_the_formula(lora_rank):
     """4 bytes for each parameter, 12 more for each that is trained: gradient and AdamW's two moments."""
     from argparse import Namespace
 
-    import data
     from conftest import toy_decoder
+
+    import data
     from hf import lora
     from jepa import LLMJEPA
     from train import make_optimizer

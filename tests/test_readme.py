@@ -1,4 +1,4 @@
-"""The READMEs tell the truth: their commands and flags exist, quoted code is the code, links and pictures lead somewhere."""
+"""The READMEs tell the truth: commands and flags exist, quoted code is the code, links and pictures lead somewhere."""
 
 import re
 import subprocess

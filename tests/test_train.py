@@ -34,7 +34,8 @@ def run(*command, **options):
 
 def inside(*flags):
     """train.py called in this process, which is faster."""
-    before, handlers = sys.argv, {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before, numbers = sys.argv, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     sys.argv = ["train.py", *map(str, flags)]
     try:
         train_script.main()
