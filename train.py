@@ -138,7 +138,8 @@ def arguments():
     try:
         kept = check(p.parse_args(runs.flags(args.resume)))
     except UserError as mistake:
-        raise UserError(f"{args.resume / 'config.json'}: {mistake}") from None
+        where = f"{args.resume / 'config.json'}: "
+        raise UserError(where + str(mistake).removeprefix(where)) from None
     kept.out, kept.resume = args.resume, args.resume  # the folder may have been moved
     return kept
 

@@ -232,7 +232,7 @@ def flags(doc, **defaults):
     add("--init", help="Hugging Face folder or repo id; default: a small model with random weights")
     add("--tokenizer", help="default: what --init comes with, synth for the small model")
     add("--data", type=Path, default=shipped, help="JSONL of conversations")
-    add("--k", type=cli.whole(0), default=1, help="number of [PRED] tokens")
+    add("--k", type=cli.whole(0, 10_000), default=1, help="number of [PRED] tokens")
     add("--batch_size", type=count, default=32, help="examples per training step")
     add("--steps", type=count, default=30, help="timed steps of each kind")
     add("--decode_batch", type=count, default=128, help="prompts per batch of batched decoding")

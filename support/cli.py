@@ -82,14 +82,17 @@ def run(main):
     except OSError as failure:
         where = f"{failure.filename}: " if failure.filename else ""
         sys.exit(_say(f"error: {where}{failure.strerror or failure}; give a file that can be used", 2))
-    except MemoryError:
-        sys.exit(_say("error: out of memory; try a smaller --batch_size, or fewer or shorter rows", 2))
+    except (MemoryError, RuntimeError) as failure:
+        if isinstance(failure, RuntimeError) and "memory" not in str(failure):  # torch's word for it, on any device
+            raise
+        sys.exit(_say("error: out of memory; try a smaller --batch_size or model, or fewer or shorter rows", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
 
 
 def _say(line, code):
-    print(" ".join(line.split("\n")), file=sys.stderr)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split("\n")))
+    print("".join(shown), file=sys.stderr)  # a file's or a flag's text may hold a terminal's control characters
     return code
 
 

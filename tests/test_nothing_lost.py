@@ -265,3 +265,21 @@ def test_the_threshold_of_three_is_needed():
     """One bad step must not end a run: `stop_if_failing` looks at steps in a row."""
     state = train_script.Run(*[None] * 10, failures=torch.tensor(2.0))
     train_script.stop_if_failing(state, [])
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                     RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_too_little_memory_is_one_line(capsys, failure):
+    def main():
+        raise failure
+
+    code, line = ended(main, capsys)
+    assert code == 2 and "out of memory" in line
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    def main():
+        raise UserError("odd\x1b[31mname\r\x85.jsonl: is odd")
+
+    _, line = ended(main, capsys)
+    assert line == "error: odd\\x1b[31mname\\r\\x85.jsonl: is odd"
