@@ -1,10 +1,14 @@
 """Toy decoders and examples that the tests share. Every parameter is random, norms and biases too."""
 
+import signal
+
 import pytest
 import torch
 
 from data import Example
 from model import Config, Decoder
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 
 STYLES = {
     "llama": dict(n_kv_head=2, tied=False),

@@ -275,7 +275,7 @@ def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
         patch.setattr(processes.Stop, "__init__", lambda self: None)
         inside("--out", stopped, *flags)
     inside("--resume", stopped)
-    saved = [load_file(run / "checkpoint/adapter.safetensors") for run in (stopped, tmp_path / "straight")]
+    saved = [load_file(run / "checkpoint/adapter_model.safetensors") for run in (stopped, tmp_path / "straight")]
     assert_close(*saved, rtol=0, atol=0)
     assert log(stopped) == log(tmp_path / "straight")
 
