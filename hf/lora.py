@@ -47,14 +47,10 @@ def adapted_layers(decoder):
     return {path: layer for path, layer in decoder.named_modules() if isinstance(layer, Adapted)}
 
 
-def is_adapted(decoder):
-    return bool(adapted_layers(decoder))
-
-
 def add(decoder, rank, alpha=None, dropout=0.0):
     """Freeze the decoder and give every projection an adapter, in place. alpha None: rank, a scale of 1."""
     assert rank > 0, "an adapter needs a rank of at least 1"
-    assert not is_adapted(decoder), "this decoder has adapters already: merge them first"
+    assert not adapted_layers(decoder), "this decoder has adapters already: merge them first"
     decoder.requires_grad_(False)
     for path, layer in list(decoder.named_modules()):
         if path.split(".")[-1] in PROJECTIONS:
