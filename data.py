@@ -182,7 +182,7 @@ def view(tokenizer, messages):
     if not messages:
         return ids, 0
     for piece in tokenizer.chat(messages):
-        ids = ids + piece.ids
+        ids += piece.ids
         if piece.turn == len(messages) - 1:
             return ids, len(ids) - len(piece.ids)
     raise AssertionError("a chat template must render the content of every turn")

@@ -161,8 +161,11 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in a file. Raises UserError naming the file."""
+    path = Path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and (not path.is_file() or path.stat().st_size > 2**26):  # a pipe would be waited for
+            raise UserError(f"{path}: is no file of JSON of at most 64 MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as failure:

@@ -283,3 +283,12 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
 
     _, line = ended(main, capsys)
     assert line == "error: odd\\x1b[31mname\\r\\x85.jsonl: is odd"
+
+
+def test_settings_that_are_a_pipe_or_beyond_all_measure(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(2**26 + 1)
+    for name in ("pipe.json", "large.json"):
+        with pytest.raises(UserError, match=f"{name}: is no file of JSON"):
+            cli.read_json(tmp_path / name)
