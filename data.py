@@ -12,6 +12,7 @@ row. Read next: `train.py`.
 """
 
 import base64
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -292,7 +293,7 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
         text_at.append((at, text_column))
         code_at.append((at, code_column))
 
-    width = -(-max(len(row.ids) for row in made) // multiple) * multiple
+    width = math.ceil(max(len(row.ids) for row in made) / multiple) * multiple
     padded = lambda columns, fill: torch.tensor([c + [fill] * (width - len(c)) for c in columns])  # noqa: E731
     places = lambda pairs: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)  # noqa: E731
     return Batch(

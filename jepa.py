@@ -11,7 +11,7 @@ its encoding of Code (paper, section 3):
              last of them is Pred(Enc(Text)). The decoder itself is the predictor. k = 0: Text's own last state.
 
 Nothing is frozen: no teacher, no moving average, no projection head; the gradient flows into both views. The paper
-searches lam from 0.5 to 4 and k from 0 to 4, and keeps gamma = 1.
+searches lam from 0.5 to 4 and k from 0 to 4.
 
 
 One row, four segments
@@ -50,8 +50,8 @@ shows one row and three passes.
 What it costs, what can go wrong
 --------------------------------
 *Cost.* A conversation of n tokens with a Code of c costs 1 + (k + c) / n times plain fine-tuning when fused; paper adds
-Text once more. **JEPA-loss dropout** (`--loss_dropout`, paper section 5) turns a fraction of the steps into plain
-next-token steps: their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
+Text once more. **JEPA-loss dropout** (`--loss_dropout`) turns a fraction of the steps into plain next-token steps:
+their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
 
 *No gain is guaranteed.* The next-token loss alone already makes Text's states good for predicting Code, token by token;
 the JEPA term asks for one state that resembles another. It can regularise, or take capacity away. Hence the

@@ -274,7 +274,7 @@ def fit(run):
     """
     args, size = run.args, run.args.batch_size * run.args.grad_accum
     lengths = [len(e.full) for e in run.examples]
-    per_epoch = -(-len(lengths) // size)
+    per_epoch = math.ceil(len(lengths) / size)
     run.total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
     run.failures, run.skipped = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     run.saved_at = time.monotonic()
@@ -353,7 +353,9 @@ def validate_if_due(run, per_epoch):
     rank = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
     scores = {"val_lm": 0.0}
     if run.validation:
-        with processes.at_hand(run.model, run.args.shard):
+        # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
+        gpus = [run.device] if run.device.type == "cuda" else []
+        with processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus):
             scores = validate(run)
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; best/ holds the best state before")
@@ -361,7 +363,7 @@ def validate_if_due(run, per_epoch):
         runs.save_best(run.model, run.args, run.source)
     run.validations.append({"step": run.step, **scores})
     if run.validation and RANK == 0:
-        epoch = -(-run.step // per_epoch)
+        epoch = math.ceil(run.step / per_epoch)
         runs.log(run.args.out, step=run.step, epoch=epoch, **scores)
         named = (f"{name.removeprefix('val_')} {value:.4f}" for name, value in scores.items())
         tqdm.write(f"epoch {epoch}, validation: {', '.join(named)}")
@@ -380,8 +382,9 @@ def tiny(args, vocab_size):
 
 def make_model(args, tokenizer, source):
     """The model that training begins with, or goes on from."""
-    if args.resume and not args.shard:
-        return runs.load_model(runs.saved(args.resume, "checkpoint"), args.lora_dropout)
+    folder = runs.checkpoint_of(args.resume) if args.resume else None
+    if folder and not args.shard:  # a sharded model is filled later, in each process its part: `load_checkpoint`
+        return runs.load_model(folder, args.lora_dropout)
     model = LLMJEPA(weights.load(source) if source else tiny(args, tokenizer.vocab_size), args.k)
     if args.lora_rank:
         lora.add(model.decoder, args.lora_rank, args.lora_alpha, args.lora_dropout)

@@ -88,7 +88,7 @@ def drawable(*values):
 
 
 def tsne(sides, title, path, most=500):
-    """`representation.sides`, (n, C) each, in two dimensions; a faint line joins the two views of an example."""
+    """`encodings.sides`, (n, C) each, in two dimensions; a faint line joins the two views of an example."""
     from sklearn.manifold import TSNE
 
     (text_name, text), (code_name, code) = sides.items()

@@ -36,9 +36,7 @@ from jepa import LLMJEPA
 from model import Decoder
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
-from support.processes import hardware  # noqa: F401  (until its callers import it from there)
 
-PATHS = ("data", "val", "out", "resume")  # the settings that are paths
 UMASK = os.umask(0)  # what a new file's mode must lack; there is no way to ask for it but to set another
 os.umask(UMASK)
 NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
@@ -211,6 +209,8 @@ def save_checkpoint(model, optimizer, args, source, state):
     """Leave in checkpoint/ what a run goes on from. state: {"step", "random"}. All processes call this."""
     folder = args.out / "checkpoint"
     if args.shard:
+        if not processes.finite_everywhere(model):
+            raise Stopped(f"{folder}: not saved, a weight is not finite; what was saved before is still there")
         processes.save_shards(model, optimizer, folder.with_name("checkpoint.new"))
         if processes.RANK == 0:
             torch.save(state, folder.with_name("checkpoint.new") / "training.pt")
@@ -232,8 +232,13 @@ def save_best(model, args, source):
 
 
 def load_checkpoint(model, optimizer, args):
-    """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step."""
-    folder = saved(args.out, "checkpoint")
+    """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step.
+
+    A run that was stopped before its first checkpoint goes on from the beginning.
+    """
+    folder = checkpoint_of(args.out)
+    if folder is None:
+        return 0
     if args.shard:
         processes.load_shards(model, optimizer, folder)
         optimizer = None
@@ -245,18 +250,20 @@ def replace(folder):
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)  # from here to the next line `old` is the state: see `saved`
+        os.rename(folder, old)  # from here to the next line `old` is the state: see `standing`
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def saved(run, *names):
+def standing(run, *names):
     """The first of these folders of a run that exists, also if a crash came between the two renames of `replace`."""
-    for name in names:
-        for folder in (Path(run) / name, Path(run) / f"{name}.old"):
-            if folder.exists():
-                return folder
-    raise UserError(f"{run}: holds no checkpoint yet; let train.py save one, or start the run anew with another --out")
+    folders = (Path(run) / f"{name}{end}" for name in names for end in ("", ".old"))
+    return next((folder for folder in folders if folder.exists()), None)
+
+
+def checkpoint_of(run):
+    """The folder from which a run goes on; None if it was stopped before its first checkpoint."""
+    return standing(run, "checkpoint")
 
 
 def load_model(folder, lora_dropout=0.0):
@@ -353,7 +360,9 @@ def open_model(path, device, tokenizer=None):
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
     if is_run(path):
         arguments = settings(path)["arguments"]
-        folder, seed, trained_on = saved(path, "best", "checkpoint"), arguments.get("seed"), arguments["data"]
+        folder, seed, trained_on = standing(path, "best", "checkpoint"), arguments.get("seed"), arguments["data"]
+        if folder is None:
+            raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
         own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()
         name = str(folder) if own else arguments["tokenizer"]
         layout = {"layout": arguments["layout"]} | {

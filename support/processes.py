@@ -9,6 +9,7 @@ gradients over processes; the losses here are shares of one mean and must be *su
 
 import contextlib
 import os
+import shutil
 import signal
 from datetime import timedelta
 from functools import partial
@@ -33,7 +34,8 @@ def hardware(name="auto", dtype="float32"):
         if name == "cuda" and WORLD > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.ones(1, device=name).cpu() and torch.device(name)
+        device = torch.device(name)
+        torch.ones(1, device=device).cpu()  # is it there, and does it compute?
     except (RuntimeError, AssertionError, NotImplementedError) as failure:
         raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
     if dtype == "bfloat16" and not has_bfloat16(device):
@@ -141,6 +143,12 @@ def any_of(*wishes):
     return tuple(map(bool, said.tolist()))
 
 
+def finite_everywhere(model):
+    """Are all weights of a sharded model finite, in every process's part?"""
+    parts = (getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in model.state_dict().values())
+    return not any(any_of(not all(part.isfinite().all() for part in parts)))
+
+
 def all_of_them(value):
     """[the value of process 0, of process 1, ...]"""
     found = [value] * WORLD
@@ -183,6 +191,9 @@ def save_shards(model, optimizer, folder):
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # from a save that did not come to its end
+    dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
     checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 

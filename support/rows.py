@@ -123,7 +123,12 @@ def fitting(conversations, make, needs, limit, too_long):
     """
     kept, skipped = [], []
     for conversation in conversations:
-        made = make(conversation)
+        try:
+            made = make(conversation)
+        except UserError as mistake:
+            if str(mistake).startswith(conversation.where):
+                raise
+            raise UserError(f"{conversation.where}: {mistake}") from None
         if needs(made) <= limit:
             kept.append((conversation, made))
         elif too_long == "skip":

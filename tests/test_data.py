@@ -1,8 +1,10 @@
 """Files to batches: what is refused and where, which ids are targets, how rows are laid out, the order of the data."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,28 @@ def test_text_and_code_alone_are_a_question_and_its_answer(tmp_path, synth):
     assert data.example(views, synth) == data.example(messages, synth)
 
 
+def test_prompt_and_completion_are_a_question_and_its_answer(tmp_path, synth):
+    """As TRL has them: strings, or turns."""
+    prompt, completion = [SYSTEM, USER], [ANSWER]
+    turns, strings, messages = data.read(write(
+        tmp_path, {"prompt": prompt, "completion": completion},
+        {"prompt": USER["content"], "completion": ANSWER["content"]}, row(SYSTEM, USER, ANSWER)))
+    assert data.example(turns, synth) == data.example(messages, synth)
+    assert strings.messages == [USER, ANSWER]
+    for bad, complaint in (({"prompt": "a"}, "needs"), ({"prompt": "a", "completion": " "}, "turn is empty"),
+                           ({"prompt": [ANSWER], "completion": "b"}, "roles are")):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: .*{complaint}"):
+            data.read(write(tmp_path, bad))
+
+
+def test_an_error_of_the_tokenizer_names_the_row(tmp_path, synth):
+    def refuses(messages):
+        raise UserError("folder: the chat template refuses the roles")
+
+    with pytest.raises(UserError, match="rows.jsonl:1: folder: the chat template refuses"):
+        data.examples_of(data.read(write(tmp_path, row(USER, ANSWER))), replace(synth, chat=refuses), limit=99)
+
+
 def test_plain_text_is_trained_on_whole(tmp_path, synth):
     conversation = data.read(write(tmp_path, {"text": "a ring, a lake"}))[0]
     e = data.example(conversation, synth, train_on="all")
@@ -301,11 +325,12 @@ def test_bad_views_are_refused(tmp_path, views, complaint):
 
 
 def test_published_files_load_unchanged(synth):
-    """Every published file in the folder beside the repository becomes examples; hellaswag brings views of its own."""
-    published = ROOT.parent / "shared" / "data"
-    if not published.exists():
-        pytest.skip("the published data files are not at hand")
-    for path in sorted(published.glob("*_test.jsonl")):
+    """Every published file becomes examples; hellaswag brings views of its own."""
+    if "LLMJEPA_PUBLISHED" not in os.environ:
+        pytest.skip("LLMJEPA_PUBLISHED does not name a folder of the published data files")
+    paths = sorted(Path(os.environ["LLMJEPA_PUBLISHED"]).glob("*_test.jsonl"))
+    assert paths
+    for path in paths:
         conversations = data.read(path)[:50]
         made = [data.example(c, synth) for c in conversations]
         assert all(e.own_text == ("hellaswag" in path.name) for e in made), path

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,14 @@ def test_no_circle_inside_a_wing():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_packages_are_imported_where_they_are_used(path):
-    """Reading hf/templates.py and drawing pictures is what few runs do: only there is the package a file's own."""
-    heavy = HEAVY & set(imports(ast.parse(path.read_text()), everywhere=False))
-    assert heavy <= {"hf/templates.py": {"jinja2", "tokenizers"}}.get(str(path.relative_to(ROOT)), set())
+    assert not HEAVY & set(imports(ast.parse(path.read_text()), everywhere=False))
+
+
+def test_training_and_the_method_import_the_card_alone():
+    """`import train` brings in torch, numpy, tiktoken, tqdm and safetensors, and none of what only some runs need."""
+    code = f"import sys, train, jepa; print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

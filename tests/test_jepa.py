@@ -128,6 +128,19 @@ def test_a_view_does_not_know_what_else_is_in_the_row(decoder, examples):
     assert not torch.allclose(encodings(model, with_other(CODE))[1], code)
 
 
+def test_forward_is_ordinary_causal_language_modelling(decoder):
+    """ids -> logits: row by row what `hidden` gives under a causal mask, and each token sees those before it alone."""
+    ids = torch.randint(0, 50, (2, 6))
+    logits = decoder(ids)
+    for row, found in zip(ids, logits, strict=True):
+        causal = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+        hidden = decoder.hidden(row[None], causal, torch.arange(6)[None])
+        assert_close(found, decoder.logits(hidden)[0], rtol=1e-5, atol=1e-5)
+    later = ids.clone()
+    later[:, -1] = (later[:, -1] + 1) % 50
+    assert torch.equal(decoder(later)[:, :-1], logits[:, :-1])
+
+
 def test_padding_changes_nothing(decoder, examples):
     model = LLMJEPA(decoder, 1)
     alone = [encodings(model, data.collate([e], 1)) for e in examples]

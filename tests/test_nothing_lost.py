@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import MODEL, ROOT, inside, log, toy_rows, train
+from torch.testing import assert_close
 
 import train as train_script
+from evaluation import plots
 from hf import runs
 from support import cli
 from support.cli import Stopped, UserError
@@ -139,8 +141,37 @@ def test_the_old_checkpoint_counts_while_the_new_one_is_put_in_its_place(finishe
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     for name in ("best", "checkpoint"):
         (copy / name).rename(copy / f"{name}.old")
-    assert runs.saved(copy, "best", "checkpoint") == copy / "best.old"
+    assert runs.standing(copy, "best", "checkpoint") == copy / "best.old"
     assert runs.open_model(copy, "cpu").seed == 0
+
+
+def test_a_run_stopped_before_its_first_checkpoint_goes_on_from_the_beginning(finished, tmp_path):
+    """It neither has to be deleted, nor is it refused: the same run comes out."""
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    for name in ("best", "checkpoint", "loss.png"):
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (copy / "log.jsonl").write_text((copy / "log.jsonl").read_text().split("\n")[0] + "\n")
+    inside("--resume", copy)
+    assert log(copy) == log(finished)
+    for name in ("checkpoint/model.safetensors", "best/pred.safetensors"):
+        assert_close(load_file(copy / name), load_file(finished / name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flags", ["--distance sigreg --lam 0.1"])
+def test_a_run_resumed_after_its_validation_draws_what_it_would_have_drawn(toy, tmp_path, monkeypatch, flags):
+    """SIGReg draws directions, in validation too: those must not come from training's random stream."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    inside("--out", straight, *toy, *SMALL, *flags.split())
+    curves = plots.curves
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def die(*_):
+            raise KeyboardInterrupt  # the first validation is in the log, the next checkpoint is not there yet
+        patch.setattr(plots, "curves", die)
+        inside("--out", stopped, *toy, *SMALL, *flags.split())
+    assert plots.curves is curves
+    inside("--resume", stopped)
+    assert log(stopped) == log(straight)
 
 
 def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):

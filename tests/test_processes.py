@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def torchrun(count, *flags):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "train.py", *flags]
 
@@ -56,9 +59,8 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, oth
     """SIGKILL of one of two workers: all end within 30 s; another number of processes goes on to the same result."""
     flags = [*toy, *SMALL, "--save_minutes", "0", "--lr", "5e-4", "--epochs", "4"]
     alone, out = train(tmp_path / "alone", *flags), tmp_path / "both"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags, *engine.split()))]
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while launcher.poll() is None and not (out / "checkpoint").exists():
         time.sleep(0.01)
     children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
@@ -74,10 +76,9 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, oth
 
 def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
     flags = [*toy, *SMALL, "--lr", "5e-4", "--epochs", "50"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = tmp_path / "both"
     command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags))]
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 start_new_session=True)
     while launcher.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.01)
@@ -85,6 +86,34 @@ def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
     launcher.communicate(timeout=60)
     step = torch.load(out / "checkpoint/training.pt", weights_only=True)["step"]
     assert 0 < step < 200 and all(line["step"] <= step for line in log(out))
+
+
+def test_workers_end_when_their_launcher_is_killed(toy, tmp_path):
+    """Nobody is left writing into the run, and the run can go on."""
+    out, flags = tmp_path / "both", [*toy, *SMALL, "--lr", "5e-4", "--epochs", "400"]
+    command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags))]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+    while launcher.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    began, alive = time.monotonic(), True
+    while alive and time.monotonic() - began < 30:
+        time.sleep(0.2)
+        alive = subprocess.run(["pgrep", "-f", f"train.py --out {out}"], capture_output=True).returncode == 0
+    assert not alive
+    written = (out / "log.jsonl").stat().st_size
+    step = torch.load(out / "checkpoint/training.pt", weights_only=True)["step"]
+    assert 0 < step < 1600 and (out / "log.jsonl").stat().st_size == written
+
+
+def test_finite_everywhere_looks_at_every_weight():
+    model = torch.nn.Linear(2, 2)
+    assert processes.finite_everywhere(model)
+    with torch.no_grad():
+        model.bias[1] = float("nan")
+    assert not processes.finite_everywhere(model)
 
 
 def test_world_size_without_torchrun_is_one_line(tmp_path):

@@ -90,3 +90,12 @@ def test_requirements_are_explained():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             assert re.search(rf"\b{re.split('[<>=]', line)[0]}\b", README.split("## Dependencies")[1]), line
+
+
+def test_tests_that_are_named_exist():
+    """In tests/README.md; a name may be shortened by dots, and goes on in the file named before it."""
+    file, names = None, re.findall(r"`(test_\w+\.py)?::(test_\w+?)_?(?:\.\.\.)?`", (ROOT / "tests/README.md").read_text())
+    assert len(names) > 15
+    for named, test in names:
+        file = named or file
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
