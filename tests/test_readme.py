@@ -94,7 +94,8 @@ def test_requirements_are_explained():
 
 def test_tests_that_are_named_exist():
     """In tests/README.md; a name may be shortened by dots, and goes on in the file named before it."""
-    file, names = None, re.findall(r"`(test_\w+\.py)?::(test_\w+?)_?(?:\.\.\.)?`", (ROOT / "tests/README.md").read_text())
+    file, text = None, (ROOT / "tests/README.md").read_text()
+    names = re.findall(r"`(test_\w+\.py)?::(test_\w+?)_?(?:\.\.\.)?`", text)
     assert len(names) > 15
     for named, test in names:
         file = named or file
