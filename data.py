@@ -1,6 +1,6 @@
 """From a JSONL file to batches. In: rows of chat messages. Out: `jepa.Batch`, tensors that say all the loss needs.
 
-    read(path) -> conversations        one per line; support/rows.py checks them and lists the formats
+    read(path) -> conversations        one per line, checked by support/rows.py, which lists the formats
     Tokenizer                          text <-> ids; "synth" and "gpt2" are made here, Hugging Face's in hf/
     example(conversation, tokenizer)   ids of the conversation and of its two views, and which ids are targets
     order(...)                         which examples make up which optimizer step: a function of (seed, epoch)
@@ -14,8 +14,9 @@ row. Read next: `train.py`.
 import base64
 import math
 import sys
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def decode(bpe, ids):
 # ---- ids and labels
 
 
-@dataclass
+@dataclass(slots=True)
 class Example:
     """Token ids of one conversation. `text` and `code` end at the token whose state is the encoding."""
 
@@ -200,7 +201,23 @@ def examples_of(conversations, tokenizer, limit, k=0, too_long="refuse", **how):
     Longer rows raise UserError, or with too_long="skip" are left out and reported.
     """
     make = partial(example, tokenizer=tokenizer, **how)
-    return rows.fitting(conversations, make, partial(longest_view, k=k), limit, too_long)
+    fitting = rows.fitting(conversations, make, partial(longest_view, k=k), limit, too_long)
+    conversations, examples = zip(*fitting, strict=True)
+    return list(conversations), list(examples)
+
+
+def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
+    """(places, examples) of a file that may be large: `examples_of` in less than 1 kB of memory a row.
+
+    places: "file:line". Nothing else is kept of the text, and the ids are arrays of 4 bytes each, targets of one.
+    """
+    make, ids = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
+    conversations = (Conversation(**row) for row in rows.read(path))
+    places, examples = [], []
+    for conversation, e in rows.fitting(conversations, make, partial(longest_view, k=k), limit, too_long):
+        places.append(conversation.where)
+        examples.append(replace(e, full=ids(e.full), trained=bytes(e.trained), text=ids(e.text), code=ids(e.code)))
+    return places, examples
 
 
 # ---- the order of the data
@@ -286,10 +303,10 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
             row, at, text_length = Row(), len(made), len(e.text)
             made.append(row)
             in_front = pred if front_pred else []
-            text_column = row.add(e.text[: e.text_start] + in_front + e.text[e.text_start :], TEXT)
+            text_column = row.add([*e.text[: e.text_start], *in_front, *e.text[e.text_start :]], TEXT)
         if pred and not front_pred and not reverse:
             text_column = row.add(pred, PRED, start=text_length)
-        code_column = row.add(e.code + (pred if reverse else []), CODE)
+        code_column = row.add([*e.code, *(pred if reverse else [])], CODE)
         text_at.append((at, text_column))
         code_at.append((at, code_column))
 

@@ -403,14 +403,12 @@ def prepare(args):
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding only "
                         f"{config.vocab_size}; choose the model's own --tokenizer")
-    how = {"train_on": args.train_on, "stop_label": not args.no_stop_label}
-    read = lambda path: data.examples_of(  # noqa: E731
-        data.read(path), tokenizer, config.block_size, args.k, args.too_long, **how)
-    conversations, examples = read(args.data)
-    validation = read(args.val) if args.val else None
+    how = {"tokenizer": tokenizer, "limit": config.block_size, "k": args.k, "too_long": args.too_long,
+           "train_on": args.train_on, "stop_label": not args.no_stop_label}
+    places, examples = data.training_set(args.data, **how)
+    validation = data.examples_of(data.read(args.val), **how) if args.val else None
     check_views(args, examples)
     layout = {"layout": args.layout, "front_pred": args.front_pred, "reverse": args.reverse}
-    places = [conversation.where for conversation in conversations]
     run = Run(args, model, tokenizer, examples, places, validation, source, device, autocast, layout, validations=[])
     model.to(device).train()
     model.decoder.checkpoint_activations = args.checkpoint_activations

@@ -18,29 +18,37 @@ from support.cli import UserError
 
 VIEWS = {"text": "user", "code": "assistant"}  # who says a view that is given as a string
 PAIR = {"prompt": "user", "completion": "assistant"}
+BOM = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
 def read(path):
-    """One dict {"messages", "where", "text", "code"} per row; the views are None where a row has none of its own.
+    """One dict {"messages", "where", "text", "code"} per row, one at a time: a file may be larger than the memory.
 
-    Raises UserError naming file and line.
+    The views are None where a row has none of its own. Raises UserError naming file and line.
     """
-    path = Path(path)
+    path, empty = Path(path), True
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        with open(path, "rb") as file:
+            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
+            found = (check(line, where) for where, line in lines if line.removeprefix(BOM).strip())
+            for row in paraphrased(found):
+                empty = False
+                yield row
     except OSError as failure:
         raise UserError(f"{path}: {failure.strerror}; give a JSONL file with one conversation a line") from None
-    found = [check(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    if empty:
         raise UserError(f"{path}: the file has no rows")
-    return paraphrased(found)
 
 
 def paraphrased(found):
     """The same rows. In each group the Code of every row is the next one's last turn, of the last row the first's."""
-    groups = {}
+    held, groups = [], {}  # held: all rows from the first on that has a group
     for row in found:
         group = row.pop("group")
+        if group is None and not held:
+            yield row
+            continue
+        held.append(row)
         if group is not None:
             groups.setdefault(group, []).append(row)
     for group, members in groups.items():
@@ -49,13 +57,13 @@ def paraphrased(found):
             raise UserError(f"{where}: no other row has the group {group!r}; a paraphrase needs a partner")
         for member, partner in zip(members, members[1:] + members[:1], strict=True):
             member["code"] = partner["messages"][-1:]
-    return found
+    yield from held
 
 
 def check(line, where):
     """One line of a file as a dict."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as failure:
         raise UserError(f"{where}: not UTF-8 (byte {failure.start} of the line); save the file as UTF-8") from None
     except (ValueError, RecursionError) as failure:
@@ -116,12 +124,12 @@ def turn(message, where):
 
 
 def fitting(conversations, make, needs, limit, too_long):
-    """(conversations, examples) of the rows that have room in a model.
+    """(conversation, example) of each row that has room in a model, one at a time.
 
     make: conversation -> example. needs: example -> tokens. Rows that need more than `limit` are refused, or with
     too_long="skip" left out and reported.
     """
-    kept, skipped = [], []
+    kept, skipped = 0, []
     for conversation in conversations:
         try:
             made = make(conversation)
@@ -130,7 +138,8 @@ def fitting(conversations, make, needs, limit, too_long):
                 raise
             raise UserError(f"{conversation.where}: {mistake}") from None
         if needs(made) <= limit:
-            kept.append((conversation, made))
+            kept += 1
+            yield conversation, made
         elif too_long == "skip":
             skipped.append(conversation.where)
         else:
@@ -142,6 +151,4 @@ def fitting(conversations, make, needs, limit, too_long):
         some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
         print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)
     if not kept:
-        raise UserError(f"{conversations[0].where}: neither this row nor any other fits into {limit} tokens")
-    conversations, examples = zip(*kept, strict=True)
-    return list(conversations), list(examples)
+        raise UserError(f"{skipped[0]}: neither this row nor any other fits into {limit} tokens")

@@ -8,6 +8,7 @@ import torch
 from data import Example
 from model import Config, Decoder
 
+torch.set_num_threads(1)  # as in the processes that tests start: the number of threads decides the last bits of a sum
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 
 STYLES = {

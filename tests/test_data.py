@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import data
 import hf
@@ -353,3 +355,22 @@ def test_loss_dropout_is_a_function_of_seed_and_step():
     assert draws == [data.dropped(0.3, 7, step) for step in range(2000)]
     assert draws != [data.dropped(0.3, 8, step) for step in range(2000)] and 0.26 < sum(draws) / 2000 < 0.34
     assert not any(data.dropped(0.0, 7, s) for s in range(99)) and all(data.dropped(1.0, 7, s) for s in range(99))
+
+
+def test_a_training_set_needs_less_than_a_kilobyte_a_row(synth):
+    """And it is what `examples_of` gives: the same numbers in arrays."""
+    path = ROOT / "datasets" / "synth_val.jsonl"
+    tracemalloc.start()
+    places, compact = data.training_set(path, synth, limit=512)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used / len(compact) < 1000
+    conversations, examples = data.examples_of(data.read(path), synth, limit=512)
+    assert places == [conversation.where for conversation in conversations]
+    for few, many in zip(compact, examples, strict=True):
+        assert replace(few, full=list(few.full), trained=[*map(bool, few.trained)], text=list(few.text),
+                       code=list(few.code)) == many
+    for layout in ({"layout": "fused"}, {"layout": "fused", "reverse": True}, {"layout": "paper", "front_pred": True}):
+        for few, many in zip(data.collate(compact[:4], 2, **layout), data.collate(examples[:4], 2, **layout),
+                             strict=True):
+            assert_close(few, many, rtol=0, atol=0)
