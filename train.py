@@ -382,7 +382,7 @@ def tiny(args, vocab_size):
 
 def make_model(args, tokenizer, source):
     """The model that training begins with, or goes on from."""
-    folder = runs.checkpoint_of(args.resume) if args.resume else None
+    folder = runs.standing(args.resume, "checkpoint") if args.resume else None
     if folder and not args.shard:  # a sharded model is filled later, in each process its part: `load_checkpoint`
         return runs.load_model(folder, args.lora_dropout)
     model = LLMJEPA(weights.load(source) if source else tiny(args, tokenizer.vocab_size), args.k)

@@ -33,11 +33,8 @@ def questions(question):
 def system_turn(path):
     """[the system turn of a file's first row]; [] where there is none, or no such file."""
     try:
-        with open(path, "rb") as file:
-            lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
-            line = next(filter(None, lines), b"")
-        first = rows.check(line, str(path))["messages"][0]
-    except (OSError, TypeError, UserError):  # TypeError: a Hugging Face folder does not say what it was trained on
+        first = next(rows.read(path))["messages"][0]
+    except (TypeError, UserError):  # TypeError: a Hugging Face folder does not say what it was trained on
         return []
     return [first] if first["role"] == "system" else []
 

@@ -1,26 +1,17 @@
-"""Draw the pictures of the READMEs into experiments/figures/, from the code and from committed JSON.
+"""Draw pictures of the main README into experiments/figures/, from the code and from committed JSON.
 
-    python -m experiments.figures mask                             # the mask of jepa.py on a toy row: mask.svg
-    python -m experiments.figures curves CELL.json ...             # exact match and cosines over training: curves.png
-    python -m experiments.figures encodings "name=RUN" ... --data FILE   # t-SNE and spectra of models: encodings.png
-
-curves draws the validations of cells of experiments.sweep. encodings keeps what it draws in encodings.json, and without
-RUN draws that file again.
+    python -m experiments.figures mask                  # the mask of jepa.py on a toy row: mask.svg
+    python -m experiments.figures curves CELL.json ...  # exact match and cosines in training, of cells: curves.png
 """
-
-import json
-from pathlib import Path
 
 import numpy as np
 
 import data
-from evaluation import encodings, plots
+from evaluation import plots
 from experiments.sweep import RESULTS, ROOT
-from hf import runs
 from jepa import ANSWER, CODE, PRED, TEXT, mask
 from support import cli
 from support.cli import UserError
-from support.processes import hardware
 
 FIGURES = ROOT / "experiments" / "figures"
 
@@ -108,64 +99,17 @@ def draw_curves(cells, path):
     plots.save(figure, path)
 
 
-# ---- encodings
-
-
-def look(name, run, path, most=400):
-    """What the picture shows of the model in a folder, over the rows of a file: t-SNE, spectrum, cosines."""
-    from sklearn.manifold import TSNE
-
-    opened = runs.open_model(run, hardware()[0])
-    room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
-    _, examples = data.examples_of(data.read(path), opened.tokenizer, room, k)
-    states = encodings.encode(opened.model, examples, 128, **opened.layout)
-    predicted, actual = encodings.sides(states, opened.layout.get("reverse", False)).values()
-    both = encodings.unit(np.concatenate([predicted[:most], actual[:most]]))
-    points = TSNE(perplexity=min(30, len(both) // 4), init="random", random_state=0).fit_transform(both)
-    centred = (predicted - predicted.mean(axis=0)) / np.sqrt(len(predicted))
-    spectrum = np.maximum(np.linalg.svd(centred, compute_uv=False), 1e-9)
-    return {"name": name, "rows": len(examples), "cosines": encodings.cosines(predicted, actual),
-            "points": points.round(2).astype(float).reshape(2, -1, 2).tolist(), "spectrum": spectrum.tolist()}
-
-
-def draw_encodings(models, path):
-    """For each model its t-SNE; beside them the spectra of all."""
-    figure, axes = plots.panels(1, len(models) + 1, figsize=(4.2 * (len(models) + 1), 4.8), layout="constrained")
-    for axis, model in zip(axes, models, strict=False):
-        for points, label, marker, colour in zip(model["points"], ("Pred(Enc(Text))", "Enc(Code)"), "o^",
-                                                 plots.COLOURS, strict=False):
-            axis.scatter(*np.transpose(points), s=8, marker=marker, color=colour, label=label)
-        pairs, shuffled = (model["cosines"][key] for key in ("pairs", "shuffled"))
-        axis.set(xticks=[], yticks=[], title=f"{model['name']}\ncosine of pairs {pairs:.2f}, shuffled {shuffled:.2f}")
-    for model, colour in zip(models, plots.COLOURS[2:], strict=False):
-        axes[-1].plot(model["spectrum"], color=colour, label=model["name"])
-    axes[-1].set(xlabel="index", yscale="log", title="singular values of predictions")
-    axes[-1].grid(alpha=0.3)
-    axes[-1].legend()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    plots.save(figure, path)
-
-
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("what", choices=["mask", "curves", "encodings"], help="which picture")
-    p.add_argument("sources", nargs="*", metavar="SOURCE", help="cells, or models as name=FOLDER")
-    p.add_argument("--data", type=Path, default=ROOT / "datasets" / "synth_test.jsonl", help="rows to encode")
+    p.add_argument("what", choices=["mask", "curves"], help="which picture")
+    p.add_argument("cells", nargs="*", metavar="CELL.json", help=f"curves: {RESULTS}/GRID/ARM-seedN.json")
     args = p.parse_args()
-    kept = FIGURES / "encodings.json"
     if args.what == "mask":
         cli.write(FIGURES / "mask.svg", mask_svg())
-    elif args.what == "curves":
-        if not args.sources:
-            raise UserError(f"curves: name the JSON files of cells, {RESULTS}/GRID/ARM-seedN.json")
-        draw_curves([cli.read_json(path) for path in args.sources], FIGURES / "curves.png")
+    elif args.cells:
+        draw_curves([cli.read_json(path) for path in args.cells], FIGURES / "curves.png")
     else:
-        if any("=" not in source for source in args.sources) or not (args.sources or kept.exists()):
-            raise UserError("encodings: name the models, as in before=FOLDER after=RUN")
-        if args.sources:
-            models = [look(*source.split("=", 1), args.data) for source in args.sources]
-            cli.write(kept, json.dumps({"models": models}) + "\n")
-        draw_encodings(cli.read_json(kept)["models"], FIGURES / "encodings.png")
+        raise UserError(f"curves: name the JSON files of cells, {RESULTS}/GRID/ARM-seedN.json")
     print(f"experiments/figures/{args.what}.{'svg' if args.what == 'mask' else 'png'} is drawn")
 
 

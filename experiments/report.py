@@ -110,7 +110,7 @@ COLUMNS = {  # heading: ((metric, form), ...)
 
 
 def grid_table(name):
-    """Lines of Markdown: how the grid was run, and a row for each arm."""
+    """Lines of Markdown: how the grid was run, a row for each arm, the names of those that were not run."""
     found = read_grid(name)
     if not any(found.values()):
         return [f"`python -m experiments.sweep {name}`: not run. {GRIDS[name]['seeds']} seeds of {', '.join(found)}."]
@@ -120,15 +120,18 @@ def grid_table(name):
     first, *rest = COLUMNS
     table = [["arm", "seeds", first, "minus lam 0 (points)", "p", *rest]]
     for arm, cells in found.items():
+        if not cells:
+            continue
         texts = [" / ".join(average(cells, *metric) for metric in metrics) for metrics in COLUMNS.values()]
         against = ["-", "-"]
         if arm in tests:
             middle, half = interval([100 * difference for difference in tests[arm][0]])
             against = [f"{middle:+.2f}" + (f" ± {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
-        row = [str(len(cells)), texts[0], *against, *texts[1:]]
-        table.append([arm, *row] if cells else [arm, "not run", *["-"] * (len(row) - 1)])
+        table.append([arm, str(len(cells)), texts[0], *against, *texts[1:]])
+    missing = [arm for arm, cells in found.items() if not cells]
+    not_run = ["", f"Not run: {', '.join(missing)}."] if missing else []
     picture = f"![{name}: exact match against retrieval@1](results/{name}.png)"
-    return [*conditions(name, found), "", *markdown(table), "", picture]
+    return [*conditions(name, found), "", *markdown(table), *not_run, "", picture]
 
 
 def conditions(name, found):

@@ -236,7 +236,7 @@ def load_checkpoint(model, optimizer, args):
 
     A run that was stopped before its first checkpoint goes on from the beginning.
     """
-    folder = checkpoint_of(args.out)
+    folder = standing(args.out, "checkpoint")
     if folder is None:
         return 0
     if args.shard:
@@ -259,11 +259,6 @@ def standing(run, *names):
     """The first of these folders of a run that exists, also if a crash came between the two renames of `replace`."""
     folders = (Path(run) / f"{name}{end}" for name in names for end in ("", ".old"))
     return next((folder for folder in folders if folder.exists()), None)
-
-
-def checkpoint_of(run):
-    """The folder from which a run goes on; None if it was stopped before its first checkpoint."""
-    return standing(run, "checkpoint")
 
 
 def load_model(folder, lora_dropout=0.0):

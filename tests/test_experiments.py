@@ -208,7 +208,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_the_table_of_a_grid(results):
-    about, _, head, _, *rows, _, picture = report.grid_table("toy")
+    about, _, head, _, *rows, _, not_run, _, picture = report.grid_table("toy")
     rows = {row[0]: row[1:] for row in ([part.strip() for part in line.split("|")[1:-1]] for line in rows)}
     head = [part.strip() for part in head.split("|")[2:-1]]
     assert about == ("`python -m experiments.sweep toy`: 6 of 8 cells, 9.0 hours in all, threads each: 1; a CPU; "
@@ -224,7 +224,7 @@ def test_the_table_of_a_grid(results):
     assert better["wrong: stopped too early / cut off by the budget / ran on / other"] == "1 / 2 / 3 / 4"
     assert better["prefix match"] == "-"
     assert better["recall@10"] == "-" and better["candidates"] == "10"
-    assert rows["lam0"][head.index("p")] == "-" and set(rows["never"]) == {"not run", "-"}
+    assert rows["lam0"][head.index("p")] == "-" and "never" not in rows and not_run == "Not run: never."
 
 
 def test_a_grid_that_was_not_run_says_so(monkeypatch, tmp_path):
@@ -314,15 +314,12 @@ def test_the_mask_picture_is_the_committed_one():
         assert (box.get("fill") != "#eef1f4") == sees
 
 
-def test_curves_and_encodings_are_drawn_from_json(tmp_path):
+def test_curves_are_drawn_from_json(tmp_path):
     lines = [{"epoch": 1, "val_lm": 1.0, "val_exact": 0.1, "val_cosine_pairs": 0.9, "val_cosine_shuffled": 0.8},
              {"epoch": 2, "val_lm": 0.5, "val_exact": 0.6, "val_cosine_pairs": 1.0, "val_cosine_shuffled": 1.0}]
     figures.draw_curves([{"arm": "a", "seed": 0, "validation": lines}, {"arm": "b", "seed": 1, "validation": []}],
                         tmp_path / "curves.png")
-    model = {"name": "m", "rows": 2, "cosines": {"pairs": 0.5, "shuffled": 0.1}, "spectrum": [2.0, 1.0],
-             "points": [[[0.0, 1.0], [1.0, 0.0]], [[0.5, 1.0], [1.0, 0.5]]]}
-    figures.draw_encodings([model, model], tmp_path / "encodings.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "encodings"))
+    assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 # ---- commands
