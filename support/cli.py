@@ -76,6 +76,9 @@ def run(main):
     """Call main() as a command: a UserError or a file that cannot be used -> one line, Ctrl-C -> exit code 130."""
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
+        for word in sys.argv[1:]:
+            if re.fullmatch("--[^=]*=--", word):  # Python 3.11's argparse makes an empty list of it
+                raise UserError(f"{word}: -- is no value; give one, or leave the flag out")
         main()
     except UserError as mistake:
         sys.exit(_say(f"error: {mistake}", mistake.code))

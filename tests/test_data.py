@@ -239,8 +239,9 @@ def test_the_command_shows_views_mask_and_statistics(tmp_path):
     assert "|[dog]|" in shown and "|[<|end|>]|" in shown and "| dog|" not in shown.split("ANSWER")[1].split("CODE")[0]
     assert "TEXT   #..." in shown and "Pred(Enc(Text)) is the state at row 0" in shown and "PRED1" in shown
     assert "fused row, k=1" in shown
-    bad = subprocess.run([*command, "--row", "5"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+    for mistake in ("--row=5", "--row=--"):
+        bad = subprocess.run([*command, mistake], capture_output=True, text=True)
+        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
 
 # ---- rows with views of their own, plain text, paraphrases

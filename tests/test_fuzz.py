@@ -364,7 +364,7 @@ def command_lines(draw):
     line = ["rows.jsonl"] if command == "data.py" else ["--data=rows.jsonl"]
     for flag in draw(st.lists(st.sampled_from(flags_of(command)), max_size=4)):
         value, name = draw(st.sampled_from(usual(flag)) | VALUES), "".join(flag.option_strings[:1])
-        joined = name and value != "--" and draw(st.booleans())  # argparse makes an empty list of --flag=--
+        joined = name and draw(st.booleans())
         line += [name] if flag.nargs == 0 else [f"{name}={value}"] if joined else [name, value]
     return command, list(filter(None, line))
 
