@@ -9,6 +9,7 @@ place, after 10 seconds of computing, and when anything is written, removed or s
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -181,7 +182,7 @@ NUMBERS = st.sampled_from(ODD_NUMBERS) | st.integers() | st.floats()
 TEXTS = st.sampled_from([*ODD_TEXTS, "user", "assistant", "system"]) | st.text(max_size=30)
 JSON = st.recursive(ODD | st.text(max_size=8) | st.integers() | st.floats(),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-                    max_leaves=6)
+                    max_leaves=6).map(copy.deepcopy)  # what is drawn may be changed, and must not be shared
 
 
 @st.composite
@@ -273,9 +274,8 @@ def tiny_model():
 def train_on(path, layout, targets, limit):
     """What training does with a file of rows, up to the gradient."""
     args = train.check(train.flags().parse_args(["--data", str(path), "--layout", layout]))
-    tokenizer, conversations = hf.tokenizer("synth"), data.read(path)
     too_long = "skip" if limit < 200 else "refuse"
-    _, examples = data.examples_of(conversations, tokenizer, limit, 2, too_long, train_on=targets)
+    _, examples = data.training_set(path, hf.tokenizer("synth"), limit, 2, too_long, train_on=targets)
     train.check_views(args, examples)
     for start in range(0, len(examples), 2):
         losses = tiny_model()(data.collate(examples[start : start + 2], 2, layout), 1.0)
