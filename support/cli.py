@@ -94,8 +94,9 @@ def run(main):
 
 
 def _say(line, code):
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split("\n")))
-    print("".join(shown), file=sys.stderr)  # a file's or a flag's text may hold a terminal's control characters
+    """Print one line, whatever the files and flags that it quotes hold: control characters, or pages of text."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(line.split("\n")))
+    print(shown if len(shown) < 1900 else f"{shown[:1500]} ... {shown[-300:]}", file=sys.stderr)
     return code
 
 

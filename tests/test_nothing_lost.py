@@ -316,6 +316,15 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     assert line == "error: odd\\x1b[31mname\\r\\x85.jsonl: is odd"
 
 
+def test_pages_of_a_file_do_not_reach_the_terminal(capsys):
+    """What is wrong stands at the beginning of a line, what to do at its end."""
+    def fail():
+        raise UserError(f"rows.jsonl:7: {'x' * 10**6} is no role; mend it")
+
+    code, line = ended(fail, capsys)
+    assert line.startswith("error: rows.jsonl:7: x") and line.endswith("is no role; mend it") and len(line) < 2000
+
+
 def test_settings_that_are_a_pipe_or_beyond_all_measure(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with open(tmp_path / "large.json", "wb") as file:
