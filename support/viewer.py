@@ -1,5 +1,7 @@
 """What `python data.py FILE` prints: one row as the model sees it, in colour on a terminal, and the file's lengths."""
 
+import math
+
 import numpy as np
 
 from jepa import ANSWER, CODE, PAD, PRED, TEXT, mask
@@ -22,7 +24,7 @@ def show(batch, tokenizer, colour):
             label = f"{NAMES[kind]:6s} columns {columns[0]}-{columns[-1]}, positions {positions[0]}-{positions[-1]}"
             print(paint(label, COLOURS[kind]))
             print(f"       |{'|'.join(words)}|")
-        step = -(-len(ids) // 64)  # one character stands for `step` columns
+        step = math.ceil(len(ids) / 64)  # one character stands for `step` columns
         print("mask: # may attend, . may not" + (f"; every {step}th token is drawn" if step > 1 else ""))
         for q in range(0, len(ids), step):
             cells = "".join("#" if seen[row, q, c] else "." for c in range(0, len(ids), step))
