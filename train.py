@@ -452,16 +452,14 @@ def main():
               f"{run.device}, from step {run.step}", flush=True)
 
     done = fit(run)
-    processes.end()
     del held  # another process may have the run now
     if RANK == 0 and not done:
         print(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}", file=sys.stderr)
-    if not done:
-        sys.exit(130)
-    if RANK == 0:
+    elif RANK == 0:
         shipped = args.data.resolve().parent == SYNTH.resolve()
         print(f"{args.out} holds the run; see loss.png there. Evaluate it on data that it has not seen:\n"
               f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if shipped else 'FILE'}")
+    processes.end(0 if done else 130)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -92,10 +93,14 @@ def at_hand(model, shard):
         model.reshard()
 
 
-def end():
-    """Leave the other processes."""
+def end(code):
+    """End this process, of several, with an exit code; a single one goes on if that is 0."""
     if WORLD > 1:
         dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # not by way of Python's shutdown, in which a thread of torch's now and then aborts the process
+    if code:
+        sys.exit(code)
 
 
 def own_share(examples):
