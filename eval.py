@@ -74,13 +74,6 @@ def result_flags(add):
 GROUPS = {"data": data_flags, "answers": answer_flags, "hardware": hardware_flags, "results": result_flags}
 
 
-def arguments():
-    parser = cli.parser(__doc__)
-    for title, add_flags in GROUPS.items():
-        add_flags(parser.add_argument_group(title).add_argument)
-    return check(parser.parse_args())
-
-
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
     if args.top_p < 1 and args.temperature == 0:
@@ -228,7 +221,7 @@ def converse(args):
 
 
 def main():
-    args = arguments()
+    args = check(cli.parser(__doc__, GROUPS).parse_args())
     if args.ask is not None:
         return converse(args)
     names = report.short_names(args.runs)

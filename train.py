@@ -120,10 +120,7 @@ GROUPS = {"data": data_flags, "model": model_flags, "method": method_flags, "opt
 
 def flags():
     """The command line's parser."""
-    parser = cli.parser(__doc__)
-    for title, add_flags in GROUPS.items():
-        add_flags(parser.add_argument_group(title).add_argument)
-    return parser
+    return cli.parser(__doc__, GROUPS)
 
 
 def arguments():
@@ -243,7 +240,7 @@ def take_step(run, examples):
 def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
-    own = processes.own_share(examples)
+    own = examples[RANK::WORLD]
     multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes for the compiler
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     if own:

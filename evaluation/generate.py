@@ -108,13 +108,6 @@ def sampler(temperature, top_p, seed, names):
     return choose
 
 
-def common(prompts):
-    """How many tokens all prompts begin with, where at least one token of each must remain to go on from."""
-    if len(prompts) == 1:
-        return 0
-    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-
-
 def states(decoder, ids, start, cache):
     """Hidden states (B, T, C) of rows of ids that go on at column `start` of a cache; all of it is seen as TEXT is."""
     device, end = decoder.embed.weight.device, start + len(ids[0])
@@ -125,7 +118,10 @@ def states(decoder, ids, start, cache):
 
 def prefill(decoder, prompts):
     """(which prompt each row is, state of each row's last token (B, C), `Cache`)."""
-    shared, of_length, beginning, caches, last = common(prompts), {}, Cache(), [], []
+    of_length, beginning, caches, last = {}, Cache(), [], []
+    shared = 0  # tokens that all prompts begin with; one of each must remain to go on from
+    if len(prompts) > 1:
+        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     for i, prompt in enumerate(prompts):
         of_length.setdefault(len(prompt), []).append(i)
     if shared:
@@ -179,11 +175,6 @@ def closed_up(rows):
     """
     last, stay = [row for row in rows if row >= len(rows)], set(rows)
     return [row if row in stay else last.pop() for row in range(len(rows))]
-
-
-def greedy(decoder, prompts, stop, max_new_tokens):
-    """The most likely continuation of each prompt, in one batch: a list of `Answer`, in the order of the prompts."""
-    return [answer for _, answer in sorted(decode(decoder, prompts, stop, max_new_tokens))]
 
 
 def in_batches(decoder, prompts, stop, max_new_tokens, batch_size, choose=most_likely):

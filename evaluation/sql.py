@@ -42,7 +42,6 @@ def permit(action, first, second, *_):
 
 def restrict(connection, seconds):
     """From here on CONNECTION only reads, within the limits, until SECONDS are over."""
-    assert hasattr(connection, "setlimit"), "SQL that a model wrote can be bounded from Python 3.11 on"
     connection.execute(f"PRAGMA hard_heap_limit={HEAP}")
     connection.execute("PRAGMA temp_store=MEMORY")  # large sorts fail instead of filling the disk
     for name, value in LIMITS.items():

@@ -266,7 +266,7 @@ def make_forms(args, name):
 
 
 def answers_of(decoder, stop, args, prompts):
-    return [answer.ids for answer in generate.greedy(decoder, prompts, stop, args.new_tokens)]
+    return [answer.ids for _, answer in sorted(generate.decode(decoder, prompts, stop, args.new_tokens))]
 
 
 def measure(args, model, forms, make_forms, decoding, **more):

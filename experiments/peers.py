@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import data
 import jepa
@@ -32,7 +31,7 @@ from support import cli
 from support.cli import Stopped, UserError
 from support.processes import hardware
 
-OFFICIAL_WIDTH = 512
+official_rows = partial(data.collate, layout="paper", multiple=512)  # all of them 512 columns wide
 
 
 def three_rows(examples, k):
@@ -42,14 +41,6 @@ def three_rows(examples, k):
     rows = [data.Example(ids, [False] * len(ids), len(ids), [], []) for ids in views]
     last = torch.tensor([[row, len(ids) - 1] for row, ids in enumerate(views, n)])
     return data.collate([*examples, *rows], k, jepa=False)._replace(text_at=last[:n], code_at=last[n:])
-
-
-def official_rows(examples, k):
-    """The rows of the paper layout, all of them 512 columns wide."""
-    batch = data.collate(examples, k, "paper")
-    wider = OFFICIAL_WIDTH - batch.ids.shape[1]
-    return batch._replace(ids=F.pad(batch.ids, (0, wider)), position=F.pad(batch.position, (0, wider)),
-                          segment=F.pad(batch.segment, (0, wider), value=jepa.PAD))
 
 
 THEIRS = {  # name: (examples, k -> Batch; which mask)

@@ -8,7 +8,6 @@ and B (out, rank) starts at zero, so that training begins at the pretrained mode
 [PRED] vectors live outside the decoder: they stay trainable.
 """
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf import families, weights
-from support.cli import UserError, read_json, write, writing
+from support.cli import UserError, read_json, write_json, writing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -49,7 +48,6 @@ def adapted_layers(decoder):
 
 def add(decoder, rank, alpha=None, dropout=0.0):
     """Freeze the decoder and give every projection an adapter, in place. alpha None: rank, a scale of 1."""
-    assert rank > 0, "an adapter needs a rank of at least 1"
     assert not adapted_layers(decoder), "this decoder has adapters already: merge them first"
     decoder.requires_grad_(False)
     for path, layer in list(decoder.named_modules()):
@@ -86,7 +84,6 @@ def save(decoder, folder, base):
     the A of q, k and v one below the other, and their B along the diagonal, with zeros elsewhere.
     """
     folder, adapters, tensors, ranks, alphas = Path(folder), adapted_layers(decoder), {}, {}, {}
-    assert adapters, "this decoder has no adapters"
     for theirs, ours in modules(decoder.config).items():
         if ours[0] in adapters:
             layers = [adapters[path] for path in ours]
@@ -111,7 +108,7 @@ def save(decoder, folder, base):
     }
     with writing(folder / TENSORS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
-    write(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+    write_json(folder / CONFIG, fields)
 
 
 def base_of(folder):

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import data
 import hf
@@ -37,8 +37,6 @@ from model import Decoder
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
 
-UMASK = os.umask(0)  # what a new file's mode must lack; there is no way to ask for it but to set another
-os.umask(UMASK)
 NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
 
 
@@ -201,7 +199,7 @@ def save_model(model, folder, source=None, training=None):
         reason = str(failure).splitlines()[0]
         raise Stopped(f"{folder}: cannot be written ({reason}); what was saved before is still there") from None
     for file in new.iterdir():
-        file.chmod(0o666 & ~UMASK)  # safetensors makes its files for the owner alone
+        file.chmod(new.stat().st_mode & 0o666)  # safetensors makes its files for the owner alone
     replace(folder)
 
 
@@ -241,8 +239,24 @@ def load_checkpoint(model, optimizer, args):
         return 0
     if args.shard:
         processes.load_shards(model, optimizer, folder)
-        optimizer = None
-    return load_training(folder, optimizer, processes.RANK)
+    path = folder / "training.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, random = state["step"], state["random"]
+        if not args.shard:
+            moments = state["optimizer"]["state"]
+            wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
+            if [moments[i]["exp_avg"].shape for i in range(len(moments))] != wanted:
+                raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on")
+            optimizer.load_state_dict(state["optimizer"])
+        set_random_state(random[processes.RANK % len(random)])
+        assert isinstance(step, int) and step >= 0
+    except UserError:
+        raise
+    except Exception as failure:  # a damaged file provokes whatever it likes
+        reason = "it is no checkpoint" if isinstance(failure, pickle.UnpicklingError) else repr(failure)[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); this run cannot go on, start another") from None
+    return step
 
 
 def replace(folder):
@@ -272,41 +286,14 @@ def load_model(folder, lora_dropout=0.0):
     path = folder / "pred.safetensors"
     if not path.exists():
         return LLMJEPA(decoder, 0)
-    try:
-        pred = load_file(path)["pred"]
-    except (SafetensorError, KeyError, OSError) as failure:
-        raise UserError(f"{path}: cannot be read ({failure}); restore it from a copy, or train again") from None
+    pred = weights.read_tensors(path).get("pred", torch.zeros(0))
     if pred.dim() != 2 or pred.shape[1] != decoder.config.d_model:
-        raise UserError(
-            f"{path}: pred has shape {list(pred.shape)}, the decoder wants [k, {decoder.config.d_model}]; "
-            "the two files are not of one run"
-        )
+        raise UserError(f"{path}: pred has shape {list(pred.shape)}, the decoder wants [k, {decoder.config.d_model}]; "
+                        "the two files are not of one run")
     model = LLMJEPA(decoder, len(pred))
     with torch.no_grad():
         model.pred.copy_(pred)
     return model
-
-
-def load_training(folder, optimizer, rank):
-    """Put the random states of process `rank`, and an optimizer, back as they were saved; returns the step."""
-    path = Path(folder) / "training.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step, random = state["step"], state["random"]
-        if optimizer is not None:
-            moments = state["optimizer"]["state"]
-            wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
-            if [moments[i]["exp_avg"].shape for i in range(len(moments))] != wanted:
-                raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on")
-            optimizer.load_state_dict(state["optimizer"])
-        set_random_state(random[rank % len(random)])
-        assert isinstance(step, int) and step >= 0
-    except UserError:
-        raise
-    except Exception as failure:  # a damaged file provokes whatever it likes
-        reason = "it is no checkpoint" if isinstance(failure, pickle.UnpicklingError) else repr(failure)[:200]
-        raise UserError(f"{path}: cannot be read ({reason}); this run cannot go on, start another") from None
-    return step
 
 
 def random_state():

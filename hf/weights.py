@@ -7,7 +7,6 @@ shape ends in a UserError that names it. Next: `train.py`, which loads and saves
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 
 from hf import families, sandbox
 from model import Decoder
-from support.cli import UserError, read_json, write, writing
+from support.cli import UserError, read_json, write_json, writing
 
 SIDE_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
     tokenizer.model chat_template.jinja chat_template.json generation_config.json""".split()  # copied by `save`
@@ -86,7 +85,7 @@ def save(decoder, folder, source=None, dtype=torch.float32):
                     shutil.copyfile(Path(source) / name, unfinished)
         with writing(folder / "model.safetensors") as unfinished:
             save_file(tensors, unfinished, metadata={"format": "pt"})
-        write(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+        write_json(folder / "config.json", fields)
     except SafetensorError as error:
         raise UserError(f"{folder}: cannot write there: {error}") from error
 

@@ -28,8 +28,11 @@ class Stopped(UserError):
 # ---- flags
 
 
-def parser(doc):
-    """An ArgumentParser that prints `doc` as written and reports bad flags as UserError."""
+def parser(doc, groups=None):
+    """An ArgumentParser that prints `doc` as written and reports bad flags as UserError.
+
+    groups: {title: function that adds the group's flags by the function `add_argument` that it is given}.
+    """
     made = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
     def error(message):
@@ -37,6 +40,8 @@ def parser(doc):
         raise UserError(f"{message} ({made.prog} --help lists the flags)")
 
     made.error = error
+    for title, add_flags in (groups or {}).items():
+        add_flags(made.add_argument_group(title).add_argument)
     return made
 
 

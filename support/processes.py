@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node 2 train.py ...            DistributedDataParallel: each process has the model
     torchrun --standalone --nproc_per_node 2 train.py --shard ...    FSDP2: each process has a part of every weight
 
-Processes share the examples of each step (`own_share`), and the result is that of one process. Both engines *average*
+Each process takes every WORLD-th example of a forward pass, and the result is that of one process. Engines *average*
 gradients over processes; the losses here are shares of one mean and must be *summed*, hence train.py's `* WORLD`.
 """
 
@@ -72,7 +72,7 @@ def spread(model, shard):
     """The model to call in training: itself, or its wrapper of several processes."""
     if WORLD == 1:
         return model
-    model.gather = gather
+    model.gather = Gather.apply
     if not shard:
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # [PRED], where lam = 0
     from torch.distributed.fsdp import fully_shard
@@ -103,13 +103,8 @@ def end(code):
         sys.exit(code)
 
 
-def own_share(examples):
-    """This process's part of the examples of a forward pass; may be empty."""
-    return examples[RANK::WORLD]
-
-
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (n, C) -> (sum of all n, C), with gradient: see `gather`."""
+    """The rows of all processes, (n, C) -> (sum of all n, C), with gradient: for distances that compare rows."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -125,11 +120,6 @@ class Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)  # every process's loss depends on these rows
         return gradient[ctx.own]
-
-
-def gather(rows):
-    """The rows of all processes: a distance that compares rows with each other needs them all."""
-    return Gather.apply(rows)
 
 
 def summed(values):
