@@ -323,6 +323,8 @@ VALUES = st.sampled_from([
     "{", "%s", "--", "cpu", "meta", "cuda:99", "tiny", "synth", "gpt2x", "a/b/c", "rows.jsonl", "none.jsonl", "folder",
     ".", "/", "/dev/null", "rows.jsonl/x", LONG, "x/" * 3000, "\udcff\udcfe", "ж" * 200, "a\nb", "\x1b[31m",
 ]) | st.integers().map(str) | st.floats().map(str) | st.text(st.characters(exclude_characters="\0"), max_size=8)
+
+
 def prepared():
     """What train.py does before its first step; what cannot be made in 10 seconds is left out."""
     args = train.arguments()
@@ -330,7 +332,12 @@ def prepared():
         train.prepare(args)
 
 
-COMMANDS = {"train.py": prepared, "eval.py": evaluate.arguments, "data.py": data.main}
+def evaluated():
+    """What eval.py does before it opens anything."""
+    evaluate.check(cli.parser(evaluate.__doc__, evaluate.GROUPS).parse_args())
+
+
+COMMANDS = {"train.py": prepared, "eval.py": evaluated, "data.py": data.main}
 
 
 @cache

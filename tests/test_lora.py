@@ -168,6 +168,7 @@ def test_we_load_pefts_adapters(family, settings, tmp_path):
     if model.config.model_type in ("olmo2", "gemma3_text", "qwen3") and not settings["target_modules"]:
         settings = {"target_modules": ["q_proj", "v_proj"]}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
