@@ -308,6 +308,9 @@ def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
     assert synth.decode(made[3].full) == "<|system|>Be brief.<|user|>ring"
     batch = data.collate(made, 1)  # Text is inside the conversation: one row will do
     assert len(batch.ids) == 5
+    alone = [row(USER, ANSWER), rows[0], row(USER, ANSWER), rows[2], row(USER, ANSWER)]
+    places = [c.where.rpartition(":")[2] for c in data.read(write(tmp_path, *alone))]
+    assert places == list("12345"), "in the file's order"
     with pytest.raises(UserError, match=r"rows.jsonl:2: no other row has the group 2"):
         data.read(write(tmp_path, row(said("one"), group=1), row(said("two"), group=2), row(said("3"), group=1)))
 
