@@ -227,7 +227,7 @@ def take_step(run, examples):
         sums += torch.stack(part).detach()
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
-    norm = norm.full_tensor() if args.shard else norm
+    norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part
     optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW looks at this, as GradScaler would set it
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
