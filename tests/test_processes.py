@@ -150,7 +150,7 @@ def test_bytes_of_training_are_those_of_the_formula(lora_rank):
     model = LLMJEPA(toy_decoder("llama"), 2)
     if lora_rank:
         lora.add(model.decoder, lora_rank)
-    optimizer = make_optimizer(model, Namespace(lr=1e-3, weight_decay=0.1))
+    optimizer = make_optimizer(model, Namespace(lr=1e-3, weight_decay=0.1, optimizer="adamw"))
     example = data.Example([1, 2, 3, 4], [False, False, True, True], 2, [1, 2], [3])
     model(data.collate([example], 2)).total.backward()
     optimizer.step()

@@ -1,0 +1,72 @@
+"""support/muon.py: its update, from singular values in float64; and that it leaves out what must be left out."""
+
+import pytest
+import torch
+
+from support.muon import Muon, orthogonal
+
+
+def expected(matrix):
+    """The Newton-Schulz polynomial, five times, on the singular values themselves."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (1, 7)])
+def test_orthogonal_changes_the_singular_values_alone(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonal(matrix).double(), expected(matrix), atol=1e-5, rtol=1e-5)
+    singular = torch.linalg.svdvals(orthogonal(matrix))
+    assert (singular > 0.5).all() and (singular < 1.25).all()
+    torch.testing.assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-5, rtol=1e-5)
+    assert orthogonal(torch.zeros(shape)).eq(0).all()
+
+
+def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw():
+    generator = torch.Generator().manual_seed(0)
+    hidden, other, plain = (torch.randn(6, 9, generator=generator).requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        plain.copy_(other)
+    how = {"lr": 0.1, "betas": (0.9, 0.95)}
+    optimizer = Muon([{"params": [other]}, {"params": [hidden], "weight_decay": 0.3, "muon": True}], **how)
+    reference = torch.optim.AdamW([plain], **how)
+    weight, momentum = hidden.detach().double(), torch.zeros(6, 9, dtype=torch.float64)
+    for _ in range(3):
+        hidden.grad = torch.randn(6, 9, generator=generator)
+        other.grad = plain.grad = torch.randn(6, 9, generator=generator)
+        optimizer.step()
+        reference.step()
+        momentum = 0.95 * momentum + 0.05 * hidden.grad
+        ahead = 0.05 * hidden.grad + 0.95 * momentum
+        weight = weight * (1 - 0.1 * 0.3) - 0.1 * 0.2 * 3 * expected(ahead)
+        torch.testing.assert_close(hidden.detach().double(), weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other, plain, atol=0, rtol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon from 2.9 on")
+def test_equals_torch_to_the_precision_of_bfloat16():
+    ours = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    how = {"lr": 0.1, "weight_decay": 0.1}
+    pair = (Muon([{"params": [ours], "muon": True}], **how),
+            torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **how))
+    for step in range(3):
+        ours.grad = theirs.grad = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
+        for optimizer in pair:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    matrix = torch.ones(3, 4).requires_grad_()
+    optimizer = Muon([{"params": [matrix], "muon": True}], lr=0.1)
+    matrix.grad = torch.eye(3, 4)
+    optimizer.step()
+    kept, state = matrix.detach().clone(), optimizer.state[matrix]["exp_avg"].clone()
+    matrix.grad = torch.full((3, 4), float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(matrix, kept) and torch.equal(optimizer.state[matrix]["exp_avg"], state)
