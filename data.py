@@ -98,9 +98,8 @@ def gpt2_tokenizer():
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as failure:  # offline: an exception of whatever library tiktoken downloads with
-        raise UserError(
-            f"tiktoken cannot fetch gpt2 ({type(failure).__name__}); go online once, or set TIKTOKEN_CACHE_DIR"
-        ) from None
+        raise UserError(f"tiktoken cannot fetch gpt2 ({type(failure).__name__}); go online once, or set "
+                        "TIKTOKEN_CACHE_DIR") from None
     tags = {role: bpe.encode_ordinary(f"{role.capitalize()}:\n") for role in ("system", "user", "assistant")}
     chat = partial(plain_chat, bpe.encode_ordinary, tags, bpe.encode_ordinary("\n\n"), bpe.eot_token)
     return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token, bpe.encode_ordinary, partial(decode, bpe), chat)

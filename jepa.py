@@ -61,8 +61,8 @@ controls: `--lam 0`, and `--shuffle_pairs`, where a gain cannot come from the pa
 usual guards (stop-gradient, moving average, negatives) are absent by design: only the next-token loss stands against
 it. So a small JEPA loss proves nothing. Look at the cosine of *shuffled* pairs, each Text with another example's Code:
 in a model that has learnt the pairing, true pairs are closer; after collapse both are 1. Each validation of `train.py`
-prints the two as cosine_pairs and cosine_shuffled. `infonce`, `uniform` and `sigreg` below are distances whose minimum
-is not at collapse.
+prints the two as cosine_pairs and cosine_shuffled. `infonce` and `uniform` below are distances whose minimum is not at
+collapse.
 
 Read next: `model.py`; then `data.py`, whose `collate` builds the `Batch` that this file takes.
 
@@ -156,24 +156,8 @@ def uniform(text, code):  # (N, C), (N, C) -> ()
     return cosine(text, code) + sum((-2 * squares).exp().mean().log() for squares in apart) / 2
 
 
-def sigreg(text, code, directions=256, knots=17):  # (N, C), (N, C) -> ()
-    """cosine, plus the SIGReg of LeJEPA (arXiv 2511.08544, the Epps-Pulley statistic): along random directions, how far
-    is the characteristic function of the states, scaled to length sqrt(C), from that of N(0, I)? 1.05 after collapse,
-    1.05 / N for samples of N(0, I). The directions come from torch's random stream, which checkpoints hold."""
-    t = torch.linspace(0, 3, knots, device=text.device)  # (K,)
-    normal = torch.exp(-t.square() / 2)  # the characteristic function of N(0, 1), and the weight of the integral
-
-    def statistic(states):
-        a = F.normalize(torch.randn(states.shape[1], directions, device=states.device), dim=0)  # (C, A)
-        angle = (F.normalize(states, dim=-1) * states.shape[1] ** 0.5 @ a)[:, :, None] * t  # (N, A, K)
-        error = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()  # (A, K)
-        return 2 * torch.trapezoid(error * normal, t).mean()  # the integrand is even: twice that from 0 on
-
-    return cosine(text, code) + (statistic(text) + statistic(code)) / 2
-
-
-DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce, "uniform": uniform, "sigreg": sigreg}
-IN_BATCH = {"infonce", "uniform", "sigreg"}  # these compare the examples of a forward pass with each other
+DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce, "uniform": uniform}
+IN_BATCH = {"infonce", "uniform"}  # these compare the examples of a forward pass with each other
 
 
 # ---- the model and its loss

@@ -84,8 +84,7 @@ def method_flags(add):
 
 def optimisation_flags(add):
     add("--optimizer", choices=["adamw", "muon"],
-        help="muon (for the matrices of the blocks, adamw for the rest) learns faster from scratch: default for tiny, "
-        "adamw otherwise")
+        help="muon (on the matrices of the blocks) learns faster from scratch; default: muon for tiny, adamw otherwise")
     add("--epochs", type=cli.whole(1), default=4, help="passes over the data")
     add("--max_steps", type=cli.whole(1), help="stop after this many optimizer steps, whatever --epochs says")
     add("--batch_size", type=cli.whole(1),
@@ -148,10 +147,9 @@ def arguments():
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
     tiny = args.init == "tiny"
-    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": 3e-3} if tiny else {
+    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32,
+                "lr": 2e-3 if args.optimizer == "adamw" else 3e-3} if tiny else {
         "tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
-    if tiny and args.optimizer == "adamw":
-        defaults["lr"] = 2e-3
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,22 +1,11 @@
-"""Draw pictures of the main README into experiments/figures/, from the code and from committed JSON.
-
-    python -m experiments.figures mask                  # the mask of jepa.py on a toy row: mask.svg
-    python -m experiments.figures curves CELL.json ...  # exact match and cosines in training, of cells: curves.png
-"""
-
-import numpy as np
+"""python -m experiments.figures   # draws the mask of jepa.py on a toy row: experiments/figures/mask.svg"""
 
 import data
-from evaluation import plots
-from experiments.sweep import RESULTS, ROOT
+from experiments.sweep import ROOT
 from jepa import ANSWER, CODE, PRED, TEXT, mask
 from support import cli
-from support.cli import UserError
 
-FIGURES = ROOT / "experiments" / "figures"
-
-# ---- the mask
-
+MASK = ROOT / "experiments" / "figures" / "mask.svg"
 SEGMENTS = {  # number: (name, colour, what the row of the picture says of it)
     TEXT: ("TEXT", "#0072B2", "the question"),
     ANSWER: ("ANSWER", "#009E73", "goes on from TEXT: learns the answer and to stop"),
@@ -75,42 +64,14 @@ def mask_svg():
     text(22, height - 38, "Bold: a token that is to be written. White dots: the two states between which the JEPA loss "
          "takes 1 - cosine.", 13)
     text(22, height - 17, "Plain fine-tuning and inference are this picture without PRED and CODE.", 13)
-    style = 'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {style}>',
-                      *parts, "</svg>", ""])
-
-
-# ---- training
-
-
-def draw_curves(cells, path):
-    """Exact match and cosines on the validation rows, over the epochs; a panel for each JSON of a cell."""
-    figure, axes = plots.panels(1, len(cells), figsize=(5 * len(cells), 4), sharey=True, squeeze=False,
-                                layout="constrained")
-    lines = {"val_exact": ("exact match", "-s"), "val_cosine_pairs": ("cosine of pairs", "-o"),
-             "val_cosine_shuffled": ("cosine of shuffled pairs", "--x")}
-    for axis, cell in zip(axes[0], cells, strict=True):
-        for (key, (label, style)), colour in zip(lines.items(), plots.COLOURS, strict=False):
-            points = [(line["epoch"], line[key]) for line in cell["validation"] if key in line]
-            axis.plot(*np.reshape(points, (-1, 2)).T, style, color=colour, markersize=4, label=label)
-        axis.set(xlabel="epoch", title=f"{cell['arm']}, seed {cell['seed']}", ylim=(-0.35, 1.05))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    plots.save(figure, path)
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+                      'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif">', *parts, "</svg>", ""])
 
 
 def main():
-    p = cli.parser(__doc__)
-    p.add_argument("what", choices=["mask", "curves"], help="which picture")
-    p.add_argument("cells", nargs="*", metavar="CELL.json", help=f"curves: {RESULTS}/GRID/ARM-seedN.json")
-    args = p.parse_args()
-    if args.what == "mask":
-        cli.write(FIGURES / "mask.svg", mask_svg())
-    elif args.cells:
-        draw_curves([cli.read_json(path) for path in args.cells], FIGURES / "curves.png")
-    else:
-        raise UserError(f"curves: name the JSON files of cells, {RESULTS}/GRID/ARM-seedN.json")
-    print(f"experiments/figures/{args.what}.{'svg' if args.what == 'mask' else 'png'} is drawn")
+    cli.parser(__doc__).parse_args()
+    cli.write(MASK, mask_svg())
+    print(f"{MASK.relative_to(ROOT)} is drawn")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,6 @@ from support import cli
 from support.cli import Stopped, UserError
 from support.processes import hardware
 
-official_rows = partial(data.collate, layout="paper", multiple=512)  # all of them 512 columns wide
-
 
 def three_rows(examples, k):
     """The `jepa.Batch` in which each view has a row of its own: all conversations, then all Texts, then all Codes."""
@@ -47,7 +45,7 @@ THEIRS = {  # name: (examples, k -> Batch; which mask)
     "HF plain": (partial(data.collate, jepa=False), "padding"),
     "HF two rows": (partial(data.collate, layout="paper"), "packed"),
     "HF three rows": (three_rows, "padding"),
-    "HF official": (official_rows, "additive"),
+    "HF official": (partial(data.collate, layout="paper", multiple=512), "additive"),
 }
 
 

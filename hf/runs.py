@@ -124,7 +124,7 @@ def settings(run):
 def flags(run):
     """The settings of a run as command-line flags, so that --resume checks them as it checks what a user types."""
     found = []
-    for name, value in settings(run)["arguments"].items():
+    for name, value in ({"optimizer": "adamw"} | settings(run)["arguments"]).items():  # older runs do not name it
         if name in ("out", "resume") or value is None or value is False:
             continue
         found += [f"--{name}"] if value is True else [f"--{name}={value}"]

@@ -49,29 +49,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults behind each flag, the description's own line breaks kept."""
 
 
-def whole(least, most=2**31 - 1):
-    """The `type` of a flag: a whole number from `least` to `most`."""
+def number(least=0, most=math.inf, above=False, kind=float):
+    """The `type` of a flag: a finite number from `least` (or `above` it) to `most`."""
     def convert(text):
         value = least
         with contextlib.suppress(ValueError):
-            value = int(text)
-            if least <= value <= most:
+            value = kind(text)
+            if least <= value <= most and math.isfinite(value) and not (above and value == least):
                 return value
-        limits = f"at least {least}" + (f" and at most {most}" if value > most else "")
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {limits}")
+        limits = f"{'above' if above else 'at least'} {least}" + (f" and at most {most}" if value > most else "")
+        raise argparse.ArgumentTypeError(f"{text}: must be a {'whole' if kind is int else 'finite'} number, {limits}")
     return convert
 
 
-def number(least=0.0, most=math.inf, above=False):
-    """The `type` of a flag: a finite number from `least` (or `above` it) to `most`."""
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            value = float(text)
-            if math.isfinite(value) and least <= value <= most and not (above and value == least):
-                return value
-        limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, {limits}")
-    return convert
+def whole(least, most=2**31 - 1):
+    """The `type` of a flag: a whole number from `least` to `most`."""
+    return number(least, most, kind=int)
 
 
 # ---- running a command

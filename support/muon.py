@@ -1,10 +1,6 @@
 """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/): a matrix moves along its momentum with all singular
 values made about equal, so that rare directions are learned as fast as common ones. From scratch the tiny model needs a
-third of the steps that it needs with AdamW (experiments/README.md).
-
-torch has a Muon from 2.9 on. This one works with earlier versions too, computes in fp32 (torch's in bfloat16, which few
-CPUs are fast at), leaves a step out where fused AdamW does, and takes sharded weights.
-"""
+third of the steps that it needs with AdamW (experiments/README.md). Why not torch's own: see README.md here."""
 
 import torch
 
@@ -20,19 +16,12 @@ def orthogonal(matrix):  # (n, m) -> (n, m)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def local(tensor):
-    """This process's part of a sharded tensor, in the same memory; any other tensor itself."""
-    return getattr(tensor, "to_local", lambda: tensor)()
-
-
 class Muon(torch.optim.AdamW):
     """AdamW, except for groups of parameters with "muon": True, which are matrices and go by Muon.
 
     An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both share a
     learning rate and a weight decay. Where `found_inf` is 1, because the gradient was not finite, nothing changes.
     """
-
-    MOMENTUM = 0.95
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -50,15 +39,15 @@ class Muon(torch.optim.AdamW):
         if not self.state[matrix]:  # under AdamW's names: what loads a state looks for both
             self.state[matrix] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
         before = self.state[matrix]["exp_avg"]
-        momentum = before.lerp(matrix.grad, 1 - self.MOMENTUM)
-        ahead = matrix.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
-        if local(ahead) is ahead:
-            direction = orthogonal(ahead)
-        else:  # the singular values are those of the whole matrix
+        momentum = before.lerp(matrix.grad, 0.05)
+        ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's
+        if hasattr(ahead, "full_tensor"):  # a part of a sharded matrix; the singular values are those of the whole
             from torch.distributed.tensor import distribute_tensor
 
             direction = distribute_tensor(orthogonal(ahead.full_tensor()), ahead.device_mesh, ahead.placements)
+        else:
+            direction = orthogonal(ahead)
         after = matrix * (1 - lr * weight_decay) - 0.2 * max(matrix.shape) ** 0.5 * lr * direction
         skip = getattr(self, "found_inf", torch.zeros((), device=matrix.device)) > 0
-        for old, new in ((before, momentum), (matrix, after)):
-            local(old).copy_(torch.where(skip, local(old), local(new)))
+        before.copy_(torch.where(skip, before, momentum))
+        matrix.copy_(torch.where(skip, matrix, after))

@@ -143,10 +143,8 @@ def fitting(conversations, make, needs, limit, too_long):
         elif too_long == "skip":
             skipped.append(conversation.where)
         else:
-            raise UserError(
-                f"{conversation.where}: needs {needs(made)} tokens, the model has room for {limit}; "
-                "take a model with more room, or leave such rows out with --too_long skip"
-            )
+            raise UserError(f"{conversation.where}: needs {needs(made)} tokens, the model has room for {limit}; take "
+                            "a model with more room, or leave such rows out with --too_long skip")
     if skipped:
         some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
         print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)

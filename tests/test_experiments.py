@@ -305,21 +305,13 @@ def test_the_picture_of_a_grid(results):
 def test_the_mask_picture_is_the_committed_one():
     """It is made of jepa.mask: as many filled cells as there are pairs that may see each other, and valid XML."""
     picture = figures.mask_svg()
-    assert picture == (figures.FIGURES / "mask.svg").read_text(encoding="utf-8")
+    assert picture == figures.MASK.read_text(encoding="utf-8")
     tokens, batch = figures.toy_row()
     allowed = jepa.mask(batch.segment)[0]
     cells = [box for box in ElementTree.fromstring(picture).iter() if box.get("width") == str(figures.SIDE - 2)]
     assert len(cells) == len(tokens) ** 2
     for box, sees in zip(cells, allowed.flatten().tolist(), strict=True):
         assert (box.get("fill") != "#eef1f4") == sees
-
-
-def test_curves_are_drawn_from_json(tmp_path):
-    lines = [{"epoch": 1, "val_lm": 1.0, "val_exact": 0.1, "val_cosine_pairs": 0.9, "val_cosine_shuffled": 0.8},
-             {"epoch": 2, "val_lm": 0.5, "val_exact": 0.6, "val_cosine_pairs": 1.0, "val_cosine_shuffled": 1.0}]
-    figures.draw_curves([{"arm": "a", "seed": 0, "validation": lines}, {"arm": "b", "seed": 1, "validation": []}],
-                        tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 # ---- commands

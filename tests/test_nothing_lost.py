@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_train import MODEL, ROOT, inside, log, toy_rows, train
 from torch.testing import assert_close
 
+import jepa
 import train as train_script
 from evaluation import plots
 from hf import runs
@@ -160,17 +161,17 @@ def test_a_run_stopped_before_its_first_checkpoint_goes_on_from_the_beginning(fi
         assert_close(load_file(copy / name), load_file(finished / name), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("flags", ["--distance sigreg --lam 0.1"])
-def test_a_run_resumed_after_its_validation_draws_what_it_would_have_drawn(toy, tmp_path, monkeypatch, flags):
-    """SIGReg draws directions, in validation too: those must not come from training's random stream."""
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    inside("--out", straight, *toy, *SMALL, *flags.split())
+def test_a_run_resumed_after_its_validation_draws_what_it_would_have_drawn(toy, tmp_path, monkeypatch):
+    """A distance that draws at random does so in validation too: that must not come from training's random stream."""
+    monkeypatch.setitem(jepa.DISTANCES, "noisy", lambda text, code: torch.rand(()) * jepa.cosine(text, code))
+    straight, stopped, flags = tmp_path / "straight", tmp_path / "stopped", ["--distance", "noisy"]
+    inside("--out", straight, *toy, *SMALL, *flags)
     curves = plots.curves
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         def die(*_):
             raise KeyboardInterrupt  # the first validation is in the log, the next checkpoint is not there yet
         patch.setattr(plots, "curves", die)
-        inside("--out", stopped, *toy, *SMALL, *flags.split())
+        inside("--out", stopped, *toy, *SMALL, *flags)
     assert plots.curves is curves
     inside("--resume", stopped)
     assert log(stopped) == log(straight)

@@ -45,7 +45,7 @@ def test_a_form_that_computes_something_else_is_not_timed(pair, examples, monkey
 
 def test_the_official_rows_are_512_wide_and_recomputed(pair, examples):
     ours, theirs, args = pair
-    batch = peers.official_rows(examples, 2)
+    batch = peers.THEIRS["HF official"][0](examples, k=2)
     assert batch.ids.shape == (8, 512) and (batch.segment[:, 40:] == PAD).all()
     calls = []
     theirs.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
