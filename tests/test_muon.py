@@ -1,9 +1,14 @@
 """support/muon.py: its update, from singular values in float64; and that it leaves out what must be left out."""
 
+from argparse import Namespace
+
 import pytest
 import torch
+from conftest import toy_decoder
 
+from jepa import LLMJEPA
 from support.muon import Muon, orthogonal
+from train import make_optimizer
 
 
 def expected(matrix):
@@ -70,3 +75,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     assert torch.equal(matrix, kept) and torch.equal(optimizer.state[matrix]["exp_avg"], state)
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2"])
+def test_the_matrices_of_the_blocks_go_by_muon_and_nothing_else(style):
+    model = LLMJEPA(toy_decoder(style), 2)
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, Namespace(lr=1e-3, weight_decay=0.1, optimizer="muon"))
+    groups = [({names[p] for p in group["params"]}, group["weight_decay"], group.get("muon", False))
+              for group in optimizer.param_groups]
+    hidden = {name for name in names.values() if "_proj.weight" in name}
+    vocabulary = {name for name in names.values() if "embed" in name or "head" in name}
+    assert hidden and vocabulary and "pred" in names.values()
+    assert groups == [(vocabulary, 0.1, False), (set(names.values()) - hidden - vocabulary, 0.0, False),
+                      (hidden, 0.1, True)]
