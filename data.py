@@ -1,4 +1,4 @@
-"""From a JSONL file to batches. In: rows of chat messages. Out: `jepa.Batch`, tensors that say all the loss needs.
+"""From a JSONL file to batches. In: rows of chat messages. Out: `jepa.Batch`, tensors that hold all the loss needs.
 
     read(path) -> conversations        one per line, checked by support/rows.py, which lists the formats
     Tokenizer                          text <-> ids; "synth" and "gpt2" are made here, Hugging Face's in hf/
@@ -31,7 +31,7 @@ from support.cli import UserError
 
 @dataclass
 class Conversation:
-    messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]; the last is the answer
+    messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]; last the answer, if any
     where: str  # "file:line"
     text: list[dict] | None = None  # views of the row's own, as turns; None: the user's part and the answer
     code: list[dict] | None = None
@@ -137,8 +137,8 @@ class Example:
     full: list[int]  # the whole conversation
     trained: list[bool]  # one per id of full: is it a prediction target?
     text_end: int  # TEXT is full[:text_end]: up to the end of the last user turn's content
-    text: list[int]  # the user's part alone, without the system turn (the Text of the paper layout)
-    code: list[int]  # the answer alone
+    text: list[int]  # the turns up to the question, without the system's (the Text of the paper layout)
+    code: list[int]  # the answer alone, with its role tag
     text_start: int = 0  # where the user's content begins inside `text`
     answer_start: int = 0  # where the answer begins inside `full`: full[:answer_start] is the prompt
     own_text: bool = False  # `text` came with the row and is not the TEXT inside `full`: needs the paper layout
@@ -206,9 +206,10 @@ def examples_of(conversations, tokenizer, limit, k=0, too_long="refuse", **how):
 
 
 def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
-    """(places, examples) of a file that may be large: `examples_of` in less than 1 kB of memory a row.
+    """(places, examples) of a file that may be large: `examples_of` in about 10 bytes of memory a token, 1 kB for a row
+    of the shipped data.
 
-    places: "file:line". Nothing else is kept of the text, and the ids are arrays of 4 bytes each, targets of one.
+    places: "file:line". Nothing else is kept of the text, and ids are arrays: 4 bytes an id, one a target.
     """
     make, ids = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
     conversations = (Conversation(**row) for row in rows.read(path))
@@ -239,7 +240,7 @@ def order(lengths, size, seed, epoch, window=64):
 
 def derangement(n, *seed):
     """A random permutation of n >= 2 without fixed points: each goes to the next on a random cycle."""
-    cycle = np.random.default_rng([*seed, 2]).permutation(n)  # 2: not the draw of `order`, where neighbours are batched
+    cycle = np.random.default_rng([*seed, 2]).permutation(n)  # 2: else `order`'s draw, whose neighbours share a step
     partner = np.empty(n, dtype=int)
     partner[cycle] = np.roll(cycle, -1)
     return partner.tolist()

@@ -34,7 +34,7 @@ def data_flags(add):
         help="how answers are scored; default: from the data file's name. exact, on files named synth or turk, also "
         "compares regexes as languages; hellaswag takes the likeliest letter and the likeliest ending")
     add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
-    add("--limit", type=cli.whole(1), help="only the first so many rows of the file")
+    add("--limit", type=cli.whole(1), help="only this many rows of the file, from the first")
     add("--too_long", choices=["refuse", "skip"], default="refuse",
         help="rows longer than the model are refused, or skipped and reported")
     add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")

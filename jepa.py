@@ -42,7 +42,7 @@ remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and w
 model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
 
 This is the `fused` layout. In the `paper` layout, the official code's, Text is encoded a second time without the
-system turn, in a row of its own: [TEXT ANSWER] and [user's turn alone + PRED | CODE]. Where the views are the same
+system turn, in a second row: [TEXT ANSWER] and [user's turn alone + PRED | CODE]. Where the views are the same
 tokens, both layouts and three separate passes give the same losses and gradients (tests/test_jepa.py); `python jepa.py`
 shows one row and three passes.
 
@@ -89,7 +89,7 @@ SEES = {  # segment of a token: segments that it may attend to
 
 @cache
 def sees_table(device):  # -> (5, 5)
-    """SEES as a tensor, made once per device: copying it there in every step would make the device wait."""
+    """SEES as a tensor, made once per device: copying it there in every step would make the CPU wait for it."""
     return torch.tensor([[key in SEES[query] for key in range(5)] for query in range(5)], device=device)
 
 
@@ -216,7 +216,7 @@ class LLMJEPA(nn.Module):
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(text) / pairs  # each process computes the distance over all rows, and counts its own share
+            share = len(text) / pairs  # of the step; the distance may be over all processes' rows
             if self.gather and self.training:
                 text, code = self.gather(text), self.gather(code)
             jepa = share * DISTANCES[distance](text, code)

@@ -4,8 +4,8 @@
     python train.py --lam 0                       # plain fine-tuning: the same code path without the other views
     python train.py --resume runs/lam2-k1-seed0   # go on after Ctrl-C or a crash, to the same numbers
 
-A run folder holds config.json (every setting), log.jsonl (one object per logged step), loss.png, checkpoint/ (where
-training stands; --resume takes it from there) and best/ (the weights with the best exact match on --val).
+A run folder holds config.json (every setting), log.jsonl (one object per logged step and validation), loss.png,
+checkpoint/ (where training stands; --resume takes it from there) and best/ (the best weights on --val, else the last).
 In this file: the flags, then one optimizer step, then what happens around the steps. Read next: `eval.py`.
 """
 
@@ -84,7 +84,7 @@ def method_flags(add):
 
 def optimisation_flags(add):
     add("--optimizer", choices=["adamw", "muon"],
-        help="muon (on the matrices of the blocks) learns faster from scratch; default: muon for tiny, adamw otherwise")
+        help="muon (blocks' matrices; adamw for the rest) learns faster from scratch: default for tiny, else adamw")
     add("--epochs", type=cli.whole(1), default=4, help="passes over the data")
     add("--max_steps", type=cli.whole(1), help="stop after this many optimizer steps, whatever --epochs says")
     add("--batch_size", type=cli.whole(1),
@@ -96,7 +96,7 @@ def optimisation_flags(add):
     add("--warmup", type=cli.number(0, 1), default=0.03,
         help="fraction of all steps in which the learning rate rises to its peak")
     add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
-    add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient")
+    add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient; not of muon's steps")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
         help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
 
@@ -146,9 +146,8 @@ def arguments():
 
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
-    tiny = args.init == "tiny"
-    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32,
-                "lr": 2e-3 if args.optimizer == "adamw" else 3e-3} if tiny else {
+    tiny, lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
+    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": lr} if tiny else {
         "tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -232,7 +231,7 @@ def take_step(run, examples):
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part
-    optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW looks at this, as GradScaler would set it
+    optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW and Muon look at it
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     run.failures = optimizer.found_inf * (run.failures + 1)
@@ -245,7 +244,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes for the compiler
+    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes; aligned ones
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     if own:
         return batch
@@ -254,8 +253,8 @@ def batch_of(run, examples, jepa):
 
 
 def make_optimizer(model, args):
-    """AdamW; for the matrices of the blocks Muon, if that is wanted. Weight decay pulls on matrices only: not on norms,
-    biases or the [PRED] vectors."""
+    """AdamW; with --optimizer muon, Muon for the matrices of the blocks. Weight decay pulls on matrices only: not on
+    norms, biases or the [PRED] vectors."""
     hidden, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -280,8 +279,8 @@ def make_optimizer(model, args):
 def fit(run):
     """Train from run.step to the last step, or until somebody stops the run. Returns whether training is complete.
 
-    The order of the data, the learning rate and all else are functions of the step, so that a run that was stopped and
-    resumed is the run that was not.
+    The order of the data, the learning rate and all else are functions of the step, so that a run stopped and resumed
+    equals one that never stopped.
     """
     args, size = run.args, run.args.batch_size * run.args.grad_accum
     lengths = [len(e.full) for e in run.examples]
@@ -333,7 +332,7 @@ def stop_if_failing(run, members):
     rows = ", ".join(run.places[i] for i in members[:4]) + (", ..." if members[4:] else "")
     kept = "checkpoint/ holds the last good state" if (run.args.out / "checkpoint").exists() else "nothing was saved"
     raise Stopped(f"step {run.step}: loss or gradient is not finite, as in the {int(run.failures) - 1} steps before "
-                  f"(rows {rows}); {kept}; try a lower --lr or --clip")
+                  f"(rows {rows}); {kept}; try a lower --lr")
 
 
 def log_step(run, bar, epoch, taken, began):

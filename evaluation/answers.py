@@ -25,8 +25,7 @@ KEYS = {"output": str, "stopped": bool, "ending_letter": str}
 
 def progress(rows, label, **options):
     """A progress bar with an estimate of the time left; in a log file only now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(rows, label, unit="row", leave=False, mininterval=interval, **options)
+    return tqdm(rows, label, unit="row", leave=False, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
 
 
 def row_number(conversation):

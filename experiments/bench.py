@@ -54,7 +54,7 @@ class Form(NamedTuple):
 
 
 def our_forms(model, examples, args):
-    """{kind: Form} of the three KINDS of steps that train.py can do."""
+    """{kind: Form} of the three KINDS of steps that train.py can do, with AdamW (Muon adds the same to each)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     collate = partial(data.collate, k=args.k)
     return {kind: Form(lambda number, how=how: collate(rows_of(examples, number, args.batch_size), **how),

@@ -2,10 +2,7 @@
 
 
 def tokenizer(name_or_folder):
-    """The `data.Tokenizer` called "synth" or "gpt2", or that of a Hugging Face folder or repo id.
-
-    Raises UserError where there is none.
-    """
+    """The `data.Tokenizer` "synth" or "gpt2", or that of a Hugging Face folder or repo id. UserError: there is none."""
     import data  # in here, because `python -m hf.templates` starts in a tenth of a second without torch
 
     if name_or_folder in data.TOKENIZERS:

@@ -46,7 +46,10 @@ def parser(doc, groups=None):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag, the description's own line breaks kept."""
+    """Defaults behind each flag that has one, the description's own line breaks kept."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number(least=0, most=math.inf, above=False, kind=float):

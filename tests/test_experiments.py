@@ -292,6 +292,20 @@ def test_the_readme_is_what_the_committed_results_say():
         assert report.fill(text, name, report.section(name)) == text, f"run python -m experiments.report {name}"
 
 
+def test_the_main_readme_shows_the_committed_results():
+    rows = {"`--lam 0`": "lam0", "`--lam 2 --k 1`, the paper's method": "cosine-k1",
+            "the same with wrong pairs (`--shuffle_pairs`)": "cosine-k1-shuffled",
+            "`--lam 0.05 --k 1 --distance infonce`": "infonce-0.05"}
+    text, found = (REPOSITORY / "README.md").read_text(encoding="utf-8"), report.read_grid("synth-8000")
+    for label, arm in rows.items():
+        mean, shares = (lambda name, arm=arm: report.average(found[arm], name, "{:.2f}")), found[arm].values()
+        exact = [100 * report.value(cell, "exact") for cell in shares]
+        found_first = 100 * sum(report.value(cell, "retrieval_at_1_text_to_code") for cell in shares) / len(shares)
+        row = (f"| {label} | {sum(exact) / len(exact):.2f} % ({', '.join(f'{share:.2f}' for share in exact)}) | "
+               f"{mean('cosine_aligned')} / {mean('cosine_shuffled')} | {found_first:.1f} % |")
+        assert row in text, row
+
+
 def test_no_result_names_a_folder_of_a_machine():
     for path in (report.ROOT / report.RESULTS).rglob("*.json"):
         assert not re.search(r'"/|[ =]/(home|root|work|tmp|Users)/', path.read_text(encoding="utf-8")), path

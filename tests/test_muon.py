@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import toy_decoder
+from torch.testing import assert_close
 
 from jepa import LLMJEPA
 from support.muon import Muon, orthogonal
@@ -23,10 +24,10 @@ def expected(matrix):
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (1, 7)])
 def test_orthogonal_changes_the_singular_values_alone(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonal(matrix).double(), expected(matrix), atol=1e-5, rtol=1e-5)
+    assert_close(orthogonal(matrix).double(), expected(matrix), atol=1e-5, rtol=1e-5)
     singular = torch.linalg.svdvals(orthogonal(matrix))
     assert (singular > 0.5).all() and (singular < 1.25).all()
-    torch.testing.assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-5, rtol=1e-5)
+    assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-5, rtol=1e-5)
     assert orthogonal(torch.zeros(shape)).eq(0).all()
 
 
@@ -47,8 +48,8 @@ def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw():
         momentum = 0.95 * momentum + 0.05 * hidden.grad
         ahead = 0.05 * hidden.grad + 0.95 * momentum
         weight = weight * (1 - 0.1 * 0.3) - 0.1 * 0.2 * 3 * expected(ahead)
-        torch.testing.assert_close(hidden.detach().double(), weight, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(other, plain, atol=0, rtol=0)
+        assert_close(hidden.detach().double(), weight, atol=1e-5, rtol=1e-5)
+        assert_close(other, plain, atol=0, rtol=0)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon from 2.9 on")
@@ -62,19 +63,21 @@ def test_equals_torch_to_the_precision_of_bfloat16():
         ours.grad = theirs.grad = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
         for optimizer in pair:
             optimizer.step()
-    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+    assert_close(ours, theirs, atol=5e-3, rtol=0)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    matrix = torch.ones(3, 4).requires_grad_()
-    optimizer = Muon([{"params": [matrix], "muon": True}], lr=0.1)
-    matrix.grad = torch.eye(3, 4)
-    optimizer.step()
-    kept, state = matrix.detach().clone(), optimizer.state[matrix]["exp_avg"].clone()
-    matrix.grad = torch.full((3, 4), float("nan"))
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert torch.equal(matrix, kept) and torch.equal(optimizer.state[matrix]["exp_avg"], state)
+    both = [torch.ones(3, 4).requires_grad_() for _ in range(2)]
+    optimizer = Muon([{"params": both[:1]}, {"params": both[1:], "muon": True}], lr=0.1, fused=True)
+    kept = []
+    for value, found_inf in ((1.0, 0.0), (float("nan"), 1.0)):
+        for p in both:
+            p.grad = value * torch.eye(3, 4)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        kept.append([tensor.detach().clone() for p in both for tensor in (p, optimizer.state[p]["exp_avg"])])
+    assert_close(*kept, rtol=0, atol=0)
+    assert not torch.equal(both[0], torch.ones(3, 4)) and not torch.equal(both[1], torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])

@@ -177,6 +177,14 @@ def test_a_run_resumed_after_its_validation_draws_what_it_would_have_drawn(toy, 
     assert log(stopped) == log(straight)
 
 
+def test_a_run_from_before_there_was_a_choice_of_optimizer_goes_on_with_its_own(finished, tmp_path):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    assert config["arguments"].pop("optimizer") == "muon" and "--optimizer=muon" in runs.flags(finished)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "--optimizer=adamw" in runs.flags(copy) and "--optimizer=muon" not in runs.flags(copy)
+
+
 def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     holder = subprocess.Popen(

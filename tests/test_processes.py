@@ -44,20 +44,20 @@ def same(one, other):
     assert torch.tensor(mine).numpy() == pytest.approx(torch.tensor(theirs).numpy(), rel=1e-5)
 
 
-@pytest.mark.parametrize("engine, distance", [("", "infonce"), ("--shard", "infonce")])
-def test_two_processes_equal_one(toy, tmp_path, engine, distance):
+@pytest.mark.parametrize("engine, optimizer", [("", "muon"), ("--shard", "adamw")])
+def test_two_processes_equal_one(toy, tmp_path, engine, optimizer):
     """DDP and FSDP2 over a whole run, also where rows are compared across processes; to 1e-6 in the weights."""
-    flags = [*toy, *SMALL, "--distance", distance, "--lam", "0.5", "--lr", "5e-4"]
+    flags = [*toy, *SMALL, "--distance", "infonce", "--lam", "0.5", "--lr", "5e-4", "--optimizer", optimizer]
     alone = train(tmp_path / "alone", *flags)
     done = run(*torchrun(2, "--out", tmp_path / "both", *flags, *engine.split()))
     assert done.returncode == 0, done.stderr
     same(tmp_path / "both", alone)
 
 
-@pytest.mark.parametrize("engine, others", [("", 1), ("--shard", 3)])
-def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, others):
+@pytest.mark.parametrize("engine, others, optimizer", [("", 1, "adamw"), ("--shard", 3, "muon")])
+def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, others, optimizer):
     """SIGKILL of one of two workers: all end within 30 s; another number of processes goes on to the same result."""
-    flags = [*toy, *SMALL, "--save_minutes", "0", "--lr", "5e-4", "--epochs", "4"]
+    flags = [*toy, *SMALL, "--save_minutes", "0", "--lr", "5e-4", "--epochs", "4", "--optimizer", optimizer]
     alone, out = train(tmp_path / "alone", *flags), tmp_path / "both"
     command = [sys.executable, *map(str, torchrun(2, "--out", out, *flags, *engine.split()))]
     launcher = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
