@@ -12,7 +12,7 @@ def orthogonal(matrix):  # (n, m) -> (n, m)
     x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
