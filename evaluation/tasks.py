@@ -94,7 +94,7 @@ def nq_open(output, gold):
 # --- one face for all tasks ----------------------------------------------------------------------------------------
 
 TASKS = {"exact": exact, "gsm8k": gsm8k, "spider": spider, "nq_open": nq_open, "hellaswag": exact, "label": label}
-FILES = {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
+FILES = {name: name for name in TASKS} | {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
 
 
 def guess_task(file_name):
@@ -104,8 +104,7 @@ def guess_task(file_name):
     ('label', 'gsm8k', 'exact')
     """
     name = Path(file_name).name.lower()
-    starts = {**{task: task for task in TASKS}, **FILES}
-    return next((task for start, task in starts.items() if name.startswith(start)), "exact")
+    return next((task for start, task in FILES.items() if name.startswith(start)), "exact")
 
 
 def correct(task, output, gold, user="", databases=None):

@@ -1,4 +1,5 @@
-"""python -m experiments.figures   # draws the mask of jepa.py on a toy row: experiments/figures/mask.svg"""
+"""python -m experiments.figures   # draws experiments/figures/mask.svg: jepa.mask on a toy row, a line for each token,
+a cell for each that it may attend to, in the colour of that one's segment; the picture of the main README."""
 
 import data
 from experiments.sweep import ROOT
