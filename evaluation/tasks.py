@@ -94,7 +94,7 @@ def nq_open(output, gold):
 # --- one face for all tasks ----------------------------------------------------------------------------------------
 
 TASKS = {"exact": exact, "gsm8k": gsm8k, "spider": spider, "nq_open": nq_open, "hellaswag": exact, "label": label}
-FILES = {name: name for name in TASKS} | {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
+FILES = {t: t for t in TASKS} | {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
 
 
 def guess_task(file_name):
