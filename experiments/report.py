@@ -150,7 +150,7 @@ def draw_grid(name, path):
     """Exact match against retrieval@1: a point for each arm, a small one for each seed."""
     from evaluation import plots
 
-    figure, axis = plots.panels(figsize=(8, 5.5), layout="constrained")
+    figure, axis = plots.panels(figsize=(9, 5.5), layout="constrained")
     arms = {arm: cells for arm, cells in read_grid(name).items() if cells}
     for number, (arm, cells) in enumerate(arms.items()):
         points = np.array([[100 * value(cell, metric) for metric in ("retrieval_at_1_text_to_code", "exact")]
@@ -158,7 +158,7 @@ def draw_grid(name, path):
         look = {"color": plots.COLOURS[number % 7], "marker": "osD^v"[number // 7]}
         axis.scatter(*points.T, s=16, alpha=0.5, **look)
         axis.scatter(*points.mean(axis=0), s=90, edgecolors="black", label=f"{arm} ({len(cells)})", **look)
-    axis.set(xlabel="retrieval@1, Text to Code (%)", ylabel="exact match (%)", title=f"{name}: {GRIDS[name]['about']}")
+    axis.set(xlabel="retrieval@1, Text to Code (%)", ylabel="exact match (%)", title=f"{name}\n{GRIDS[name]['about']}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="arm (seeds)")
     plots.save(figure, path)
