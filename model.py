@@ -41,8 +41,8 @@ class Config:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
 
-    # What other families change. A first reader may skip this part: these defaults describe Llama, and lines below that
-    # name one of the fields then do what any decoder of that kind does.
+    # What other families change. A first reader may skip this part, and the lines below that name one of its fields: at
+    # these defaults the model is a plain Llama.
     embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d_model)
     norm_plus_one: bool = False  # Gemma stores w - 1
     pre_norm: bool = True  # norm what goes into attention and MLP

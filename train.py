@@ -146,8 +146,8 @@ def arguments():
 
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
-    tiny, lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
-    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": lr} if tiny else {
+    tiny, tiny_lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
+    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": tiny_lr} if tiny else {
         "tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -244,7 +244,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes; aligned ones
+    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes, aligned ones
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     if own:
         return batch

@@ -48,6 +48,7 @@ def test_every_command_exists(command):
 def test_help_teaches(script):
     name = script if script.endswith(".py") else f"-m {script}"
     assert f"python {name}" in help_of(script), "an example, as one would type it"
+    assert "(default: None)" not in help_of(script), "None says nothing, and may contradict the text before it"
 
 
 def test_the_quoted_code_is_the_code():
