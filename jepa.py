@@ -89,7 +89,7 @@ SEES = {  # segment of a token: segments that it may attend to
 
 @cache
 def sees_table(device):  # -> (5, 5)
-    """SEES as a tensor, made once per device: copying it there in every step would make the CPU wait for it."""
+    """SEES as a tensor, made once per device: a copy in every step would make the CPU wait for the device."""
     return torch.tensor([[key in SEES[query] for key in range(5)] for query in range(5)], device=device)
 
 
@@ -216,7 +216,7 @@ class LLMJEPA(nn.Module):
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(text) / pairs  # of the step; the distance may be over all processes' rows
+            share = len(text) / pairs  # this part's share of the step; the distance may be over all processes' rows
             if self.gather and self.training:
                 text, code = self.gather(text), self.gather(code)
             jepa = share * DISTANCES[distance](text, code)

@@ -1,14 +1,14 @@
 """The decoder: a nanoGPT-style transformer in which the mask and the positions are arguments.
 
 In: token ids (or embeddings), a mask that says who may attend to whom, a position for every token. Out: the hidden
-state of every token after the final norm, and logits from it. Nothing here knows what a view, a tokenizer or a model
-family is: `jepa.py` makes the mask, `data.py` the positions, `hf/` turns Hugging Face folders into `Decoder`s.
+state of every token after the final norm, and logits from it. No code here depends on a view, a tokenizer or a model
+family: `jepa.py` makes the mask, `data.py` the positions, `hf/` turns Hugging Face folders into `Decoder`s.
 
     B rows, T new columns, S columns attended to (S = T without a cache), C = d_model, H heads, G key/value heads,
     D = head_dim, V = vocab_size
 
-The default is Llama's style: RoPE, RMSNorm, SwiGLU, no biases. GPT-2's (learned positions, LayerNorm, GELU, biases) and
-every later family change a few fields of `Config`. Read next: `data.py`.
+The default is Llama's style: RoPE, RMSNorm, SwiGLU, no biases. GPT-2 (learned positions, LayerNorm, GELU, biases) and all
+later families change a few fields of `Config`. Read next: `data.py`.
 """
 
 import math

@@ -255,7 +255,7 @@ def batch_of(run, examples, jepa):
 def make_optimizer(model, args):
     """AdamW; with --optimizer muon, Muon for the matrices of the blocks. Weight decay pulls on matrices only: not on
     norms, biases or the [PRED] vectors."""
-    hidden, matrices, others = [], [], []
+    in_blocks, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -263,14 +263,14 @@ def make_optimizer(model, args):
         if p.dim() < 2 or name == "pred":
             others.append(p)
         elif args.optimizer == "muon" and ".blocks." in name:
-            hidden.append(p)
+            in_blocks.append(p)
         else:
             matrices.append(p)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     how = {"lr": args.lr, "betas": (0.9, 0.95), "fused": True}
-    if not hidden:
+    if not in_blocks:
         return torch.optim.AdamW(groups, **how)
-    return Muon([*groups, {"params": hidden, "weight_decay": args.weight_decay, "muon": True}], **how)
+    return Muon([*groups, {"params": in_blocks, "weight_decay": args.weight_decay, "muon": True}], **how)
 
 
 # ---- around the steps
