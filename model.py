@@ -7,8 +7,8 @@ family: `jepa.py` makes the mask, `data.py` the positions, `hf/` turns Hugging F
     B rows, T new columns, S columns attended to (S = T without a cache), C = d_model, H heads, G key/value heads,
     D = head_dim, V = vocab_size
 
-The default is Llama's style: RoPE, RMSNorm, SwiGLU, no biases. GPT-2 (learned positions, LayerNorm, GELU, biases) and all
-later families change a few fields of `Config`. Read next: `data.py`.
+The default is Llama's style: RoPE, RMSNorm, SwiGLU, no biases. GPT-2 (learned positions, LayerNorm, GELU, biases) and
+all later families change a few fields of `Config`. Read next: `data.py`.
 """
 
 import math
