@@ -199,7 +199,7 @@ class LLMJEPA(nn.Module):
         """The state of every token, (B, T, C)."""
         embeds = self.decoder.embed(batch.ids.clamp(min=0))  # a [PRED] vector has a negative id: replaced below
         if len(self.pred):
-            vectors = self.pred[(-1 - batch.ids).clamp(min=0)].type_as(embeds)
+            vectors = F.embedding((-1 - batch.ids).clamp(min=0), self.pred).type_as(embeds)
             embeds = torch.where((batch.ids < 0)[:, :, None], vectors, embeds)
         return self.decoder.hidden(batch.ids, mask(batch.segment), batch.position, embeds=embeds)
 

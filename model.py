@@ -67,6 +67,23 @@ class Config:
         assert len(self.windowed) == self.n_layer, "Config.windowed needs one entry per layer"
 
 
+class RMSNormOnCPU(torch.autograd.Function):
+    """F.rms_norm, for which torch has no kernel on CPUs, in half its time: y = x r w, where r = 1 / rms(x)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        product = (grad * x).mul_(r)
+        mean = (product @ weight)[..., None] / x.shape[-1]  # of grad x r w, over the width
+        return (grad * weight).addcmul_(x, mean * r, value=-1).mul_(r), product.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 whatever the type of x."""
 
@@ -76,7 +93,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).type_as(x)
+        x32, weight = x.float(), self.weight.float() + self.offset
+        if x.device.type == "cpu":
+            return RMSNormOnCPU.apply(x32, weight, self.eps).type_as(x)
+        return F.rms_norm(x32, weight.shape, weight, self.eps).type_as(x)
 
 
 def make_norm(config, width=None):
@@ -110,14 +130,16 @@ def rope_frequencies(config, device, windowed=False):
 
 
 def rotate(x, cos, sin):
-    """Turn pairs of dimensions of x (B, H, T, D) by their angles; cos, sin (B, 1, T, R/2), R <= D.
+    """Turn pairs of dimensions of x (B, H, T, D) by their angles; cos, sin (B, 1, T, R) of `Decoder.rope`, R <= D.
 
     A pair is (i, i + R/2), as in Hugging Face checkpoints; the RoPE paper pairs (2i, 2i + 1). The two differ by a fixed
     permutation of the projection's rows, so weights of one convention give nonsense under the other.
     """
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).type_as(x)
+    R, D = cos.shape[-1], x.shape[-1]
+    turned, rest = x.split([R, D - R], dim=-1)
+    partners = turned.roll(R // 2, dims=-1)
+    turned = torch.addcmul(turned * cos, partners, sin).type_as(x)
+    return torch.cat([turned, rest], dim=-1) if R < D else turned
 
 
 class Attention(nn.Module):
@@ -138,6 +160,8 @@ class Attention(nn.Module):
     def forward(self, x, mask, rope=None, cache=None):
         c, (B, T, _) = self.config, x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H*D), (B, T, G*D) twice
+        if x.device.type == "cpu":  # attention stays in fp32 there: its backward kernel for bfloat16 takes 4 x as long
+            q, k, v = q.float(), k.float(), v.float()
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.view(B, T, -1, c.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, H or G, T, D)
@@ -147,16 +171,19 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D): all columns so far
-        scale = c.attn_scale or c.head_dim**-0.5
-        mask = mask[:, None]  # (B, 1, T, S): the same for every head
-        if c.attn_softcap is None:
-            grouped = c.n_kv_head != c.n_head
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        else:  # no fused kernel caps the scores
-            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-            scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
-            y = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+        y = self.attend(q, k, v, mask[:, None])  # the mask is the same for every head: (B, 1, T, S)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    @torch.autocast("cpu", enabled=False)
+    def attend(self, q, k, v, mask):
+        """softmax(q k' scale, where the mask allows it) v: (B, H, T, D)."""
+        c, grouped = self.config, self.config.n_kv_head < self.config.n_head
+        scale = c.attn_scale or c.head_dim**-0.5
+        if c.attn_softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))  # no fused kernel caps the scores
+        scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
+        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
 
 
 class MLP(nn.Module):
@@ -262,11 +289,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rope(self, position, windowed=False):
-        """Cosines and sines of RoPE's angles, (B, 1, T, R/2) each; None where positions are learned."""
+        """Cosines and sines of RoPE's angles, (B, 1, T, R) each; None where positions are learned.
+
+        Both dimensions of a pair have the same angle: first' = first cos - second sin, second' = second cos + first sin.
+        """
         if self.config.position != "rope":
             return None
         angle = position[:, None, :, None].float() * rope_frequencies(self.config, position.device, windowed)
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
     def logits(self, hidden):
         """Scores over the vocabulary, (..., V), for states (..., C)."""

@@ -233,7 +233,7 @@ def take_step(run, examples):
     norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part
     optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW and Muon look at it
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
     run.failures = optimizer.found_inf * (run.failures + 1)
     run.skipped += optimizer.found_inf
     run.step += 1
@@ -244,7 +244,8 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" else 1  # few shapes, aligned ones
+    # few shapes, aligned ones, where kernels are chosen or made for each
+    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     if own:
         return batch
@@ -259,7 +260,6 @@ def make_optimizer(model, args):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        p.grad = torch.zeros_like(p)  # with None, AdamW would leave [PRED] out of a step without a JEPA term
         if p.dim() < 2 or name == "pred":
             others.append(p)
         elif args.optimizer == "muon" and ".blocks." in name:

@@ -42,12 +42,13 @@ KINDS = {  # what is timed: arguments of data.collate
     "LLM-JEPA, paper": {"layout": "paper"},
 }
 LAM = 2.0
+MULTIPLE = {"float32": 1, "bfloat16": 8}  # rows are padded to one of columns, as train.py does on a CPU
 
 
 class Form(NamedTuple):
     """One way to compute a training step."""
 
-    batch: Callable  # number of the step -> `jepa.Batch`
+    batch: Callable  # number of the step, multiple=of columns -> `jepa.Batch`
     loss: Callable  # `jepa.Batch` -> total loss
     optimizer: torch.optim.Optimizer
     all_logits: bool = False  # are logits made in every column, or only where there is a label?
@@ -57,7 +58,7 @@ def our_forms(model, examples, args):
     """{kind: Form} of the three KINDS of steps that train.py can do, with AdamW (Muon adds the same to each)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     collate = partial(data.collate, k=args.k)
-    return {kind: Form(lambda number, how=how: collate(rows_of(examples, number, args.batch_size), **how),
+    return {kind: Form(lambda number, how=how, **more: collate(rows_of(examples, number, args.batch_size), **how, **more),
                        lambda batch: model(batch, lam=LAM).total, optimizer) for kind, how in KINDS.items()}
 
 
@@ -69,7 +70,7 @@ def rows_of(examples, number, size):
 
 def train_step(form, device, dtype, number):
     with hardware(str(device), dtype)[1]():
-        loss = form.loss(form.batch(number).to(device))
+        loss = form.loss(form.batch(number, multiple=MULTIPLE[dtype]).to(device))
     loss.backward()
     form.optimizer.step()
     form.optimizer.zero_grad()
@@ -125,7 +126,7 @@ def time_steps(forms, config, steps, device):
     seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
     for name, dtype in turns:
         if name != "ceiling":
-            batches = [forms[name].batch(number) for number in range(steps)]
+            batches = [forms[name].batch(number, multiple=MULTIPLE[dtype]) for number in range(steps)]
             work = median(step_flops(config, batch, forms[name].all_logits) for batch in batches)
             padding = sum((batch.segment == PAD).sum().item() for batch in batches)
             found.append({"form": name, "dtype": dtype, "seconds": seconds[name, dtype], "flops": work,

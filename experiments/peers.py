@@ -32,20 +32,21 @@ from support.cli import Stopped, UserError
 from support.processes import hardware
 
 
-def three_rows(examples, k):
+def three_rows(examples, k, multiple=1):
     """The `jepa.Batch` in which each view has a row of its own: all conversations, then all Texts, then all Codes."""
     pred, n = [-1 - i for i in range(k)], len(examples)
     views = [e.text + pred for e in examples] + [e.code for e in examples]
     rows = [data.Example(ids, [False] * len(ids), len(ids), [], []) for ids in views]
     last = torch.tensor([[row, len(ids) - 1] for row, ids in enumerate(views, n)])
-    return data.collate([*examples, *rows], k, jepa=False)._replace(text_at=last[:n], code_at=last[n:])
+    together = data.collate([*examples, *rows], k, jepa=False, multiple=multiple)
+    return together._replace(text_at=last[:n], code_at=last[n:])
 
 
-THEIRS = {  # name: (examples, k -> Batch; which mask)
+THEIRS = {  # name: (examples, k, multiple=of columns -> Batch; which mask)
     "HF plain": (partial(data.collate, jepa=False), "padding"),
     "HF two rows": (partial(data.collate, layout="paper"), "packed"),
     "HF three rows": (three_rows, "padding"),
-    "HF official": (partial(data.collate, layout="paper", multiple=512), "additive"),
+    "HF official": (lambda rows, k, multiple=1: data.collate(rows, k, layout="paper", multiple=512), "additive"),
 }
 
 
@@ -87,7 +88,8 @@ def open_theirs(args):
 def their_forms(model, examples, args):
     """{name: Form}"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return {name: Form(lambda number, rows=rows: rows(bench.rows_of(examples, number, args.batch_size), args.k),
+    of_step = partial(bench.rows_of, examples, size=args.batch_size)
+    return {name: Form(lambda number, rows=rows, **more: rows(of_step(number), args.k, **more),
                        lambda batch, mask=mask: their_losses(model, batch, mask).total, optimizer, all_logits=True)
             for name, (rows, mask) in THEIRS.items()}
 

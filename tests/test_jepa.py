@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import jepa
 from jepa import ANSWER, CODE, LLMJEPA, PAD, PRED, TEXT
-from model import Config, Decoder
+from model import Attention, Config, Decoder, RMSNormOnCPU
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,6 +139,31 @@ def test_forward_is_ordinary_causal_language_modelling(decoder):
     later = ids.clone()
     later[:, -1] = (later[:, -1] + 1) % 50
     assert torch.equal(decoder(later)[:, :-1], logits[:, :-1])
+
+
+def test_rms_norm_of_cpus():
+    torch.manual_seed(0)
+    x = 1e-2 * torch.randn(3, 5, 8, dtype=torch.float64)  # small enough for eps to matter
+    inputs = x.requires_grad_(), torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert_close(RMSNormOnCPU.apply(*inputs, 1e-5), F.rms_norm(x, (8,), inputs[1], 1e-5), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda *inputs: RMSNormOnCPU.apply(*inputs, 1e-5), inputs)
+    strided = x.detach().transpose(0, 2).requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: RMSNormOnCPU.apply(*inputs, 1e-5), strided)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_on_a_cpu_attention_is_in_float32_under_autocast(softcap, monkeypatch):
+    dtypes, attend = [], Attention.attend
+
+    def watched(self, q, k, v, mask):
+        out = attend(self, q, k, v, mask)
+        dtypes.extend(t.dtype for t in (q, k, v, out))
+        return out
+
+    monkeypatch.setattr(Attention, "attend", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = Decoder(Config(50, 1, 2, 16, 32, attn_softcap=softcap))(torch.ones(1, 3, dtype=torch.long))
+    assert logits.dtype == torch.bfloat16 and dtypes == [torch.float32] * 4
 
 
 def test_padding_changes_nothing(decoder, examples):

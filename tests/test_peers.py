@@ -11,6 +11,7 @@ from conftest import toy_decoder
 from experiments import bench, peers
 from hf import weights
 from jepa import LLMJEPA, PAD
+from support import processes
 from support.cli import Stopped, UserError
 
 transformers = pytest.importorskip("transformers")
@@ -70,8 +71,11 @@ def test_both_sides_write_the_same(pair, examples):
     assert peers.generate_theirs(theirs.eval(), 7, args, prompts) == own and any(own)
 
 
-def test_the_command(tmp_path, monkeypatch, capsys, pair):
+@pytest.mark.parametrize("dtypes", [["float32"], ["float32", "bfloat16"]], ids=len)
+def test_the_command(tmp_path, monkeypatch, capsys, pair, dtypes):
     file = tmp_path / "found.json"
+    for module in (bench, processes):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: len(dtypes) > 1)
     monkeypatch.setattr("sys.argv", [
         "peers", "--init", str(tmp_path), "--tokenizer", "synth", "--steps", "1", "--batch_size", "2", "--decode_rows",
         "4", "--new_tokens", "2", "--leave_out", "HF official", "HF three rows", "--json", str(file)])
@@ -80,7 +84,8 @@ def test_the_command(tmp_path, monkeypatch, capsys, pair):
     peers.main()
     found = json.loads(file.read_text())
     assert capsys.readouterr().out == "\n".join(bench.tables(found)) + "\n"
-    assert [row["form"] for row in found["steps"]] == [*bench.KINDS, "HF plain", "HF two rows"]
+    assert [row["dtype"] for row in found["steps"][::5]] == dtypes
+    assert [row["form"] for row in found["steps"]] == [*bench.KINDS, "HF plain", "HF two rows"] * len(dtypes)
     assert [row["form"] for row in found["decoding"]] == ["HF generate", "ours"] and str(tmp_path) not in str(found)
     assert all(row["mib"] >= 0 for row in found["steps"])
 
