@@ -291,7 +291,7 @@ class Decoder(nn.Module):
     def rope(self, position, windowed=False):
         """Cosines and sines of RoPE's angles, (B, 1, T, R) each; None where positions are learned.
 
-        Both dimensions of a pair have the same angle: first' = first cos - second sin, second' = second cos + first sin.
+        The two dimensions of a pair have one angle: first' = first cos - second sin, second' = second cos + first sin.
         """
         if self.config.position != "rope":
             return None

@@ -57,8 +57,8 @@ class Form(NamedTuple):
 def our_forms(model, examples, args):
     """{kind: Form} of the three KINDS of steps that train.py can do, with AdamW (Muon adds the same to each)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    collate = partial(data.collate, k=args.k)
-    return {kind: Form(lambda number, how=how, **more: collate(rows_of(examples, number, args.batch_size), **how, **more),
+    collate, of_step = partial(data.collate, k=args.k), partial(rows_of, examples, size=args.batch_size)
+    return {kind: Form(lambda number, how=how, **more: collate(of_step(number), **how, **more),
                        lambda batch: model(batch, lam=LAM).total, optimizer) for kind, how in KINDS.items()}
 
 
