@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,15 @@ def test_fine_tuning_leaves_a_hugging_face_folder(toy, tmp_path):
     assert vocabulary(best) == vocabulary(MODEL) and (best / "tokenizer.json").exists()
     assert load_file(best / "pred.safetensors")["pred"].shape == (1, 64)
     assert not torch.equal(ours.norm.weight, weights.load(MODEL).norm.weight)
+
+
+@pytest.mark.parametrize(("device", "dtype", "compiled", "multiple"), [
+    ("cpu", "auto", False, 1), ("cpu", "bfloat16", False, 8), ("cuda", "auto", False, 8), ("cpu", "auto", True, 64)])
+def test_shapes_are_few_where_kernels_are_made_for_each(examples, device, dtype, compiled, multiple):
+    args, plain = Namespace(compile=compiled, dtype=dtype, k=1), data.collate(examples, 1).ids.shape[1]
+    run = Namespace(args=args, device=torch.device(device), layout={})
+    width = train_script.batch_of(run, examples, jepa=True).ids.shape[1]
+    assert plain % 8 and width == -(-plain // multiple) * multiple
 
 
 def test_recomputing_activations_changes_nothing(toy, tmp_path):
