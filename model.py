@@ -68,7 +68,7 @@ class Config:
 
 
 class RMSNormOnCPU(torch.autograd.Function):
-    """F.rms_norm, for which torch has no kernel on CPUs, in half its time: y = x r w, where r = 1 / rms(x)."""
+    """F.rms_norm, for which torch has no kernel on CPUs, in half its time: y = x r w, r = 1 / sqrt(mean(x^2) + eps)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -80,7 +80,8 @@ class RMSNormOnCPU(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
         product = (grad * x).mul_(r)
-        mean = (product @ weight)[..., None] / x.shape[-1]  # of grad x r w, over the width
+        mean = (product @ weight)[..., None] / x.shape[-1]  # of grad x r w
+        # gradients: of x, r (grad w - x r mean); of w, the sum of grad x r over all rows
         return (grad * weight).addcmul_(x, mean * r, value=-1).mul_(r), product.flatten(0, -2).sum(0), None
 
 
@@ -130,10 +131,10 @@ def rope_frequencies(config, device, windowed=False):
 
 
 def rotate(x, cos, sin):
-    """Turn pairs of dimensions of x (B, H, T, D) by their angles; cos, sin (B, 1, T, R) of `Decoder.rope`, R <= D.
+    """Turn pairs of the first R <= D dimensions of x (B, H, T, D); cos, signed sin (B, 1, T, R): see `Decoder.rope`.
 
     A pair is (i, i + R/2), as in Hugging Face checkpoints; the RoPE paper pairs (2i, 2i + 1). The two differ by a fixed
-    permutation of the projection's rows, so weights of one convention give nonsense under the other.
+    permutation of q_proj's and k_proj's rows, so weights of one convention give nonsense under the other.
     """
     R, D = cos.shape[-1], x.shape[-1]
     turned, rest = x.split([R, D - R], dim=-1)
@@ -174,9 +175,9 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, mask[:, None])  # the mask is the same for every head: (B, 1, T, S)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # or it would take q, k and v to bfloat16 again
     def attend(self, q, k, v, mask):
-        """softmax(q k' scale, where the mask allows it) v: (B, H, T, D)."""
+        """softmax(scale q k^T, over the columns that the mask allows) v: (B, H, T, D)."""
         c, grouped = self.config, self.config.n_kv_head < self.config.n_head
         scale = c.attn_scale or c.head_dim**-0.5
         if c.attn_softcap is None:
@@ -289,10 +290,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rope(self, position, windowed=False):
-        """Cosines and sines of RoPE's angles, (B, 1, T, R) each; None where positions are learned.
-
-        The two dimensions of a pair have one angle: first' = first cos - second sin, second' = second cos + first sin.
-        """
+        """(cos, signed sin) of RoPE's angles, (B, 1, T, R) each; None where positions are learned. The sign is that of
+        a dimension's partner in first' = first cos - second sin, second' = second cos + first sin."""
         if self.config.position != "rope":
             return None
         angle = position[:, None, :, None].float() * rope_frequencies(self.config, position.device, windowed)

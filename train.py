@@ -405,6 +405,7 @@ def prepare(args):
     """The `Run` of these settings: tokenizer, model, rows, optimizer."""
     device, autocast = processes.hardware(args.device, args.dtype)
     processes.start(device)
+    processes.keep_memory()
     torch.manual_seed(args.seed)
     tokenizer = hf.tokenizer(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)

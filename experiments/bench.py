@@ -34,7 +34,7 @@ from jepa import LLMJEPA, PAD
 from model import Config, Decoder
 from support import cli
 from support.cli import UserError
-from support.processes import hardware, has_bfloat16
+from support.processes import hardware, has_bfloat16, keep_memory
 
 KINDS = {  # what is timed: arguments of data.collate
     "plain fine-tuning": {"jepa": False},
@@ -247,6 +247,7 @@ def flags(doc, **defaults):
 
 def open_model(args):
     """(LLMJEPA, examples, batches of prompts, id of the stop token) that the flags name; without --init, of seed 0."""
+    keep_memory()  # as train.py does
     torch.manual_seed(0)
     tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")
     tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)

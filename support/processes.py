@@ -27,10 +27,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def hardware(name="auto", dtype="float32"):
-    """(device, autocast): where to run, and a context in which matrix products run in bfloat16 where that is wanted.
-
-    dtype "auto" is bfloat16 on GPUs that have it, and float32 elsewhere.
-    """
+    """(device, autocast): where to run; a function that makes the context in which matrix products run in bfloat16, if
+    that is wanted. dtype "auto" is bfloat16 on NVIDIA GPUs that have it, and float32 elsewhere."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "cuda" and WORLD > 1:
@@ -42,8 +40,6 @@ def hardware(name="auto", dtype="float32"):
         raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
     if dtype == "bfloat16" and not has_bfloat16(device):
         raise UserError(f"--dtype bfloat16: this {device.type} has no fast bfloat16; leave the flag out")
-    if device.type == "cpu":
-        keep_memory()
     wanted = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" and has_bfloat16(device)
     return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
 
@@ -58,11 +54,12 @@ def has_bfloat16(device):
 
 
 def keep_memory():
-    """Let this process keep the large blocks that a step frees. glibc gives each back to the system at once, and in the
-    next step it comes page by page: a fifth of the step of a model with a large vocabulary."""
+    """Let this process keep what a step of training frees, in blocks of up to 2 GiB. By itself glibc returns blocks
+    over 32 MiB, and the free end of its heap, to the system, and the next step gets them back page by page."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h, in bytes
-            libc.mallopt(parameter, 2**31 - 1)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; in bytes
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # older ones allow no more
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---- several processes
