@@ -56,9 +56,9 @@ def ended(main, capsys):
 
 
 def test_a_step_that_is_not_finite_is_not_taken_and_three_end_the_run(toy, tmp_path, capsys):
-    """Weights of 1e9 make every later loss infinite: the checkpoint of the first step stays, and best/ is not made."""
+    """Weights of 1e15 make every later gradient infinite: the checkpoint of the first step stays, and best/ is not made."""
     out = tmp_path / "run"
-    flags = ["--lr", "1e9", "--clip", "1e30", "--warmup", "0", "--schedule", "constant", "--save_minutes", "0"]
+    flags = ["--lr", "1e15", "--clip", "1e30", "--warmup", "0", "--schedule", "constant", "--save_minutes", "0"]
     code, line = ended(lambda: inside("--out", out, *toy, *SMALL, "--epochs", "4", *flags), capsys)
     assert code == 1 and "step 4" in line and "train.jsonl:" in line and "last good state" in line
     text = (out / "log.jsonl").read_text()
