@@ -56,7 +56,7 @@ def ended(main, capsys):
 
 
 def test_a_step_that_is_not_finite_is_not_taken_and_three_end_the_run(toy, tmp_path, capsys):
-    """Weights of 1e15 make every later gradient infinite: the checkpoint of the first step stays, and best/ is not made."""
+    """Weights of 1e15 make every later gradient infinite: the first checkpoint stays, and best/ is not made."""
     out = tmp_path / "run"
     flags = ["--lr", "1e15", "--clip", "1e30", "--warmup", "0", "--schedule", "constant", "--save_minutes", "0"]
     code, line = ended(lambda: inside("--out", out, *toy, *SMALL, "--epochs", "4", *flags), capsys)
