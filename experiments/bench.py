@@ -42,7 +42,7 @@ KINDS = {  # what is timed: arguments of data.collate
     "LLM-JEPA, paper": {"layout": "paper"},
 }
 LAM = 2.0
-MULTIPLE = {"float32": 1, "bfloat16": 8}  # rows are padded to one of columns, as train.py does on a CPU
+MULTIPLE = {"float32": 1, "bfloat16": 8}  # rows are padded to one of these, in columns, as by train.py on a CPU
 
 
 class Form(NamedTuple):

@@ -82,7 +82,7 @@ def spread(model, shard):
         return model
     model.gather = Gather.apply
     if not shard:
-        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # [PRED], where lam = 0
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # `pred`, where k = 0
     from torch.distributed.fsdp import fully_shard
 
     for block in model.decoder.blocks:

@@ -249,6 +249,13 @@ def test_shapes_are_few_where_kernels_are_made_for_each(examples, device, dtype,
     assert plain % 8 and width == -(-plain // multiple) * multiple
 
 
+def test_training_keeps_memory(toy, monkeypatch):
+    called = []
+    monkeypatch.setattr(processes, "keep_memory", lambda: called.append(True))
+    train_script.prepare(train_script.check(train_script.flags().parse_args([*map(str, toy), *SMALL])))
+    assert called == [True]
+
+
 def test_recomputing_activations_changes_nothing(toy, tmp_path):
     both = [tmp_path / "kept", tmp_path / "recomputed"]
     for run, flags in zip(both, ([], ["--checkpoint_activations"]), strict=True):
