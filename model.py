@@ -138,8 +138,7 @@ def rotate(x, cos, sin):
     """
     R, D = cos.shape[-1], x.shape[-1]
     turned, rest = x.split([R, D - R], dim=-1)
-    partners = turned.roll(R // 2, dims=-1)
-    turned = torch.addcmul(turned * cos, partners, sin).type_as(x)
+    turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin).type_as(x)  # roll: each one's partner
     return torch.cat([turned, rest], dim=-1) if R < D else turned
 
 

@@ -228,6 +228,8 @@ def take_step(run, examples):
             part = run.losses(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # several processes' engines average over them, and shares must be summed
         sums += torch.stack(part).detach()
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
+        p.grad = torch.zeros_like(p)  # [PRED] at k = 0: every parameter takes part in every step, and has moments
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part

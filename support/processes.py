@@ -57,9 +57,8 @@ def keep_memory():
     """Let this process keep what a step of training frees, in blocks of up to 2 GiB. By itself glibc returns blocks
     over 32 MiB, and the free end of its heap, to the system, and the next step gets them back page by page."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; in bytes
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # older ones allow no more
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h; older ones take no more
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # ---- several processes

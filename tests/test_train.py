@@ -249,6 +249,16 @@ def test_shapes_are_few_where_kernels_are_made_for_each(examples, device, dtype,
     assert plain % 8 and width == -(-plain // multiple) * multiple
 
 
+def test_a_run_without_pred_tokens_can_go_on(toy, tmp_path):
+    """At k = 0 [PRED] has no elements and no gradient, but its place in the optimizer's state."""
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--k", "0")
+    before, saved = state(tmp_path / "run"), torch.load(tmp_path / "run/checkpoint/training.pt", weights_only=True)
+    groups = saved["optimizer"]["param_groups"]
+    assert sorted(saved["optimizer"]["state"]) == sorted(number for group in groups for number in group["params"])
+    inside("--resume", tmp_path / "run")
+    assert_close(state(tmp_path / "run"), before, rtol=0, atol=0)
+
+
 def test_training_keeps_memory(toy, monkeypatch):
     called = []
     monkeypatch.setattr(processes, "keep_memory", lambda: called.append(True))
