@@ -137,8 +137,8 @@ class Example:
     full: list[int]  # the whole conversation
     trained: list[bool]  # one per id of full: is it a prediction target?
     text_end: int  # TEXT is full[:text_end]: up to the end of the last user turn's content
-    text: list[int]  # the turns up to the question, without the system's (the Text of the paper layout)
-    code: list[int]  # the answer alone, with its role tag
+    text: list[int]  # the turns up to the question, without the system's; or the row's own (Text of the paper layout)
+    code: list[int]  # the answer alone, with its role tag, or the row's own
     text_start: int = 0  # where the user's content begins inside `text`
     answer_start: int = 0  # where the answer begins inside `full`: full[:answer_start] is the prompt
     own_text: bool = False  # `text` came with the row and is not the TEXT inside `full`: needs the paper layout
@@ -151,7 +151,7 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
     stop_label=False removes stop tokens from the targets, as the official code does by accident.
     """
     messages, last = conversation.messages, len(conversation.messages) - 1
-    answered = messages[last]["role"] == "assistant"  # plain text and paraphrases have no answer
+    answered = messages[last]["role"] == "assistant"  # plain text and paraphrases (see support/rows.py) have no answer
     question = last - 1 if answered else last
     if not answered and train_on == "answer":
         raise UserError(f"{conversation.where}: plain text has no answer to train on; use --train_on all")
@@ -190,7 +190,7 @@ def view(tokenizer, messages):
 
 
 def longest_view(example, k):
-    """Positions that the example needs, whatever the layout."""
+    """Positions that the example may need, in any layout and with all its views."""
     return max(len(example.full), example.text_end + k, len(example.text) + k, len(example.code) + k)
 
 
@@ -209,7 +209,7 @@ def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
     """(places, examples) of a file that may be large: `examples_of` in about 10 bytes of memory a token, 1 kB for a row
     of the shipped data.
 
-    places: "file:line". Nothing else is kept of the text, and ids are arrays: 4 bytes an id, one a target.
+    places: "file:line". Nothing else is kept of the text, and ids are arrays: 4 bytes an id, 1 for being a target.
     """
     make, ids = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
     conversations = (Conversation(**row) for row in rows.read(path))
@@ -240,7 +240,7 @@ def order(lengths, size, seed, epoch, window=64):
 
 def derangement(n, *seed):
     """A random permutation of n >= 2 without fixed points: each goes to the next on a random cycle."""
-    cycle = np.random.default_rng([*seed, 2]).permutation(n)  # 2: else `order`'s draw, whose neighbours share a step
+    cycle = np.random.default_rng([*seed, 2]).permutation(n)  # 2: a draw of its own, not that of `order`
     partner = np.empty(n, dtype=int)
     partner[cycle] = np.roll(cycle, -1)
     return partner.tolist()
@@ -276,7 +276,7 @@ class Row:
 def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=False, multiple=1):
     """Lay the examples out in rows: `jepa.Batch`.
 
-    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [user turn alone + PRED | CODE].
+    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [own TEXT, PRED | CODE].
     jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] comes after CODE, Code predicts Text.
     front_pred (paper layout only): [PRED] stands before the user's content, and Text's last token is Pred(Enc(Text)).
     multiple: rows are padded to a multiple of this many columns.

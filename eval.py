@@ -9,7 +9,7 @@
     python eval.py --predictions OUTPUTS.jsonl --data FILE --out metrics.json # other systems' outputs, no model
 
 Each model gets metrics.json, predictions.jsonl (one object per row), tsne.png and spectrum.png, those of the latest
-evaluation, and for each way of answering a file answers-*.jsonl, from which an interrupted evaluation goes on.
+evaluation. Answers are kept in answers-*.jsonl, a file for each way of asking; an interrupted evaluation goes on there.
 In this file: the flags, then one model from its folder to the verdict. Read next: `evaluation/README.md`.
 """
 
@@ -133,7 +133,8 @@ def evaluate(path, name, folder, conversations, args, **about):
     system.spectra[title] = states
     if args.base:
         base = runs.open_model(args.base, device, args.tokenizer)
-        system.spectra[f"{args.base.name} (before)"] = states = encoded_before(base, opened, conversations, args)
+        states, reverse = encoded_before(base, opened, conversations, args)
+        system.spectra[f"{args.base.name} (before)"] = states
         cosines = encodings.cosines(*encodings.sides(states, reverse).values(), args.seed)
         system.before = encodings.measure(states, cosines, different, reverse)
     title += f" on {args.data.name}, n = {len(examples)}"
@@ -147,7 +148,7 @@ def fitting(opened, conversations, args):
     conversations, examples = data.examples_of(conversations, opened.tokenizer, room, k, args.too_long)
     if len(examples) < 4:
         raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
-    lengths = [len(e.full) - e.answer_start for e in examples]
+    lengths = [sum(e.trained) - 1 for e in examples]  # of the answers, without the stop token
     over = sum(length > args.max_new_tokens for length in lengths)
     if over and args.task != "hellaswag":
         print(f"warning: {over} gold answers are longer than --max_new_tokens {args.max_new_tokens} (the longest has "
@@ -186,14 +187,15 @@ def scored(found, conversations, args):
 
 
 def encoded_before(base, opened, conversations, args):
-    """Encodings by the model that training began with; if it has no [PRED], in the layout of the trained model."""
+    """(encodings, does Code predict Text?) of the model that training began with; if it has no [PRED], in the layout of
+    the trained model."""
     layout = base.layout if len(base.model.pred) else {k: v for k, v in opened.layout.items() if k == "layout"}
     try:
         _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,
                                        len(base.model.pred))
     except UserError as mistake:
         raise UserError(f"--base {args.base}: {mistake}") from None
-    return encodings.encode(base.model, examples, args.batch_size, **layout)
+    return encodings.encode(base.model, examples, args.batch_size, **layout), layout.get("reverse", False)
 
 
 def converse(args):
@@ -240,7 +242,7 @@ def main():
     from hf import runs
 
     for path in filter(None, [*args.runs, args.base]):
-        if not runs.is_run(path) and args.out is None and path != args.base:
+        if not runs.is_run(path) and args.out is None and path in args.runs:
             raise UserError(f"{path}: is a Hugging Face folder; say with --out where the results should go")
     systems = []
     for path, name, folder in zip(args.runs, names, folders, strict=True):

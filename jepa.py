@@ -1,4 +1,4 @@
-"""LLM-JEPA in one file (Huang, LeCun, Balestriero, arXiv 2509.14252). Start reading here.
+r"""LLM-JEPA in one file (Huang, LeCun, Balestriero, arXiv 2509.14252). Start reading here.
 
 A training example has two views of one thing: **Text** (a question) and **Code** (its answer: a regex, an SQL query).
 A language model learns to write Code after Text. LLM-JEPA also asks that the model's own *encoding* of Text can predict
@@ -27,7 +27,7 @@ one row gives all three, because the mask decides what each token may know:
 
 The mask is causal, and a token sees only the segments that its own view consists of (# = may attend):
 
-    query \\ key   T T T  A A  P  C C
+    query \ key   T T T  A A  P  C C
     TEXT          #
                   # #
                   # # #
@@ -42,7 +42,7 @@ remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and w
 model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
 
 This is the `fused` layout. In the `paper` layout, the official code's, Text is encoded a second time without the
-system turn, in a second row: [TEXT ANSWER] and [user's turn alone + PRED | CODE]. Where the views are the same
+system turn, in a second row: [TEXT ANSWER] and [TEXT without it, PRED | CODE]. Where the views are the same
 tokens, both layouts and three separate passes give the same losses and gradients (tests/test_jepa.py); `python jepa.py`
 shows one row and three passes.
 
@@ -104,7 +104,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor  # (B, T): a token id, or -1, -2, ... for the first, second, ... [PRED] vector, wherever it stands
     segment: torch.Tensor  # (B, T): TEXT ... PAD, what a token may see
-    position: torch.Tensor  # (B, T): starts at 0 for each view
+    position: torch.Tensor  # (B, T): counts from 0 in TEXT and in CODE; ANSWER and PRED both go on from TEXT
     label_at: torch.Tensor  # (L, 2): the places whose next token is to be predicted
     label: torch.Tensor  # (L,): the ids of those next tokens
     text_at: torch.Tensor  # (N, 2): the place whose state is Pred(Enc(Text)), for each example
@@ -121,8 +121,8 @@ def pick(hidden, at):  # (B, T, C), (N, 2) -> (N, C)
     return hidden[at[:, 0], at[:, 1]]
 
 
-# ---- distances between predicted and actual encodings. A new one needs an entry in DISTANCES, which makes it a value
-# of `--distance`, and one in IN_BATCH if it compares examples with each other.
+# ---- distances between predicted and actual encodings, both fp32: the mean over N pairs. A new one needs an entry in
+# DISTANCES, which makes it a value of `--distance`, and one in IN_BATCH if it compares examples with each other.
 
 
 def cosine(text, code):  # (N, C), (N, C) -> ()
@@ -167,7 +167,7 @@ LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32
 
 class Losses(NamedTuple):
     total: torch.Tensor  # gamma * lm + lam * jepa
-    lm: torch.Tensor  # cross-entropy, nats per label
+    lm: torch.Tensor  # cross-entropy, nats per label; 0 where there are none
     jepa: torch.Tensor  # distance, per pair of views; 0 where the batch was built without views
 
 
@@ -191,7 +191,7 @@ class LLMJEPA(nn.Module):
         stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
         whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
         part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
-        not for distances IN_BATCH, which compare the examples of a part only).
+        not for distances IN_BATCH, which compare the examples of one part only, over all processes).
         """
         return self.losses(self.hidden(batch), batch, lam, distance, gamma, stop_grad, whole)
 
@@ -208,7 +208,7 @@ class LLMJEPA(nn.Module):
         if whole is None:
             whole = len(batch.label), len(batch.text_at)
         labels, pairs = whole
-        lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / labels
+        lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / max(1, labels)
         jepa = torch.zeros_like(lm)
         if pairs:
             text, code = self.encodings(hidden, batch)
@@ -216,10 +216,11 @@ class LLMJEPA(nn.Module):
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(text) / pairs  # this part's share of the step; the distance may be over all processes' rows
+            share = len(text) / pairs  # this process's part of the step; the distance may be over all processes' rows
             if self.gather and self.training:
                 text, code = self.gather(text), self.gather(code)
-            jepa = share * DISTANCES[distance](text, code)
+            with torch.autocast(hidden.device.type, enabled=False):  # or infonce would compare in bfloat16
+                jepa = share * DISTANCES[distance](text, code)
         return Losses(gamma * lm + lam * jepa, lm, jepa)
 
     def encodings(self, hidden, batch):

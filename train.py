@@ -47,7 +47,7 @@ def data_flags(add):
     add("--no_stop_label", action="store_true",
         help="never train on the stop token; with --train_on all this is what the official code really optimises")
     add("--shuffle_pairs", action="store_true",
-        help="control: each Text is paired with another example's Code, anew each epoch. A gain that survives this "
+        help="control: JEPA pairs each Text with another example's Code, anew each epoch. A gain that survives this "
         "does not come from the pairing")
 
 
@@ -86,7 +86,7 @@ def optimisation_flags(add):
     add("--optimizer", choices=["adamw", "muon"],
         help="muon (blocks' matrices; adamw for the rest) learns faster from scratch: default for tiny, else adamw")
     add("--epochs", type=cli.whole(1), default=4, help="passes over the data")
-    add("--max_steps", type=cli.whole(1), help="stop after this many optimizer steps, whatever --epochs says")
+    add("--max_steps", type=cli.whole(1), help="at most this many optimizer steps; the schedule ends there, too")
     add("--batch_size", type=cli.whole(1),
         help="examples per forward pass, of all processes together; default 32 for tiny, 4 otherwise")
     add("--grad_accum", type=cli.whole(1), default=1,
@@ -212,7 +212,7 @@ def learning_rate(step, total, args):
 
 
 def take_step(run, examples):
-    """One optimizer step on these examples. Returns what is logged of it, as tensors: a GPU is not waited for."""
+    """One optimizer step on these examples. Returns what is logged; losses and norm stay on the device."""
     args, optimizer = run.args, run.optimizer
     # the learning rate of this step
     for group in optimizer.param_groups:
@@ -226,10 +226,10 @@ def take_step(run, examples):
         tokens += (batch.segment != PAD).sum().item()
         with run.autocast():
             part = run.losses(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
-        (part.total * WORLD).backward()  # several processes' engines average over them, and shares must be summed
+        (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed
         sums += torch.stack(part).detach()
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
-        p.grad = torch.zeros_like(p)  # [PRED] at k = 0: every parameter takes part in every step, and has moments
+        p.grad = torch.zeros_like(p)  # the empty [PRED] of k = 0 has none, and must have moments to resume from
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part
@@ -246,7 +246,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    # few shapes, aligned ones, where kernels are chosen or made for each
+    # few widths, and aligned ones, where torch chooses or makes kernels for each
     multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     if own:
@@ -300,13 +300,15 @@ def fit(run):
         examples = paired_anew(run.examples, args.seed, epoch) if args.shuffle_pairs else run.examples
         bar = tqdm(steps, f"epoch {epoch + 1}/{args.epochs}", unit="step", leave=False, disable=RANK > 0,
                    mininterval=0.2 if sys.stderr.isatty() else 30)
+        began, tokens = time.perf_counter(), 0  # of the steps since the last logged one
         for members in bar:
-            began = time.perf_counter()
             taken = take_step(run, [examples[i] for i in members])
+            tokens += taken["tokens"]
             # what reads the device back, and so waits for it, happens at logged steps only (on a CPU nothing waits)
             logged = run.step % args.log_every == 0 or run.step == run.total
             if logged:
-                log_step(run, bar, epoch, taken, began)
+                log_step(run, bar, epoch, taken, tokens, began)
+                began, tokens = time.perf_counter(), 0
             if logged or run.device.type == "cpu":
                 stop_if_failing(run, members)
             # save now and then, and when somebody wants to stop
@@ -337,10 +339,10 @@ def stop_if_failing(run, members):
                   f"(rows {rows}); {kept}; try a lower --lr")
 
 
-def log_step(run, bar, epoch, taken, began):
-    """One line of log.jsonl, and the losses beside the progress bar."""
-    total, lm, jepa = processes.summed(taken["sums"]).tolist()
-    speed = round(taken["tokens"] * WORLD / (time.perf_counter() - began))
+def log_step(run, bar, epoch, taken, tokens, began):
+    """One line of log.jsonl, and the losses beside the progress bar. tokens: so many since `began`."""
+    total, lm, jepa = processes.summed(taken["sums"]).tolist()  # waits for the device
+    speed = round(tokens * WORLD / (time.perf_counter() - began))
     if RANK == 0:
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
                  lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
@@ -362,7 +364,7 @@ def validate_if_due(run, per_epoch):
     """
     if run.step % per_epoch and run.step < run.total:
         return
-    rank = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
+    quality = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
     scores = {"val_lm": 0.0}
     if run.validation:
         # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
@@ -370,8 +372,8 @@ def validate_if_due(run, per_epoch):
         with processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus):
             scores = validate(run)
     if not math.isfinite(scores["val_lm"]):
-        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; best/ holds the best state before")
-    if not run.validation or all(rank(scores) > rank(line) for line in run.validations):
+        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
+    if not run.validation or all(quality(scores) > quality(line) for line in run.validations):
         runs.save_best(run.model, run.args, run.source)
     run.validations.append({"step": run.step, **scores})
     if run.validation and RANK == 0:
@@ -448,6 +450,7 @@ def check_views(args, examples):
 
 def main():
     args = arguments()
+    held = runs.lock(args.resume) if args.resume and RANK == 0 else None  # before anything of a run is read or changed
     if args.resume:
         runs.check_unchanged(args, args.resume)
     run = prepare(args)
@@ -455,9 +458,8 @@ def main():
         run.step = runs.load_checkpoint(run.model, run.optimizer, args)
         run.validations = runs.cut_log(args.out, run.step) if RANK == 0 else []
     elif RANK == 0:
-        runs.create(args, len(run.examples))
+        held = runs.create(args, len(run.examples))
     args.out, run.validations = processes.all_of_them((args.out, run.validations))[0]  # everyone takes process 0's
-    held = runs.lock(args.out) if RANK == 0 else None
     if RANK == 0:
         parameters = list(run.model.parameters())
         total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

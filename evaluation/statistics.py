@@ -1,11 +1,7 @@
 """How sure are we? In: rows of 0 and 1. Out: intervals and p values. Nothing here knows what was measured."""
 
-import math
-from statistics import NormalDist
-
 import numpy as np
-
-Z95 = NormalDist().inv_cdf(0.975)
+import scipy  # scipy.stats is loaded where it is used
 
 
 def wilson(successes, n):
@@ -15,11 +11,7 @@ def wilson(successes, n):
     '0.000 0.278'
     """
     assert 0 <= successes <= n, "between 0 and n successes"
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, Z95**2
-    centre, half = p + z2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+    return tuple(map(float, scipy.stats.binomtest(successes, n).proportion_ci(method="wilson"))) if n else (0.0, 1.0)
 
 
 def paired_bootstrap(a, b, seed=0, draws=10_000):
@@ -45,9 +37,8 @@ def mcnemar(a, b):
     0.0625
     """
     difference = paired(a, b)
-    wins, losses = int((difference == 1).sum()), int((difference == -1).sum())
-    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2 ** (wins + losses))
+    unlike = int(np.abs(difference).sum())
+    return float(scipy.stats.binomtest(int((difference == 1).sum()), unlike).pvalue) if unlike else 1.0
 
 
 def paired(a, b):

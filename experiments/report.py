@@ -12,6 +12,7 @@ import re
 from statistics import mean, stdev
 
 import numpy as np
+import scipy
 
 from evaluation.report import markdown
 from evaluation.tasks import REASONS
@@ -21,7 +22,6 @@ from support import cli
 from support.cli import UserError
 
 README = ROOT / "experiments" / "README.md"
-T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # two-sided, by degrees of freedom
 
 
 # ---- statistics
@@ -29,7 +29,8 @@ T95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 def interval(values):
     """(mean, half the width of its 95 % interval); the latter is NaN for a single value."""
-    return mean(values), T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if values[1:] else math.nan
+    n = len(values)
+    return mean(values), float(scipy.stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def flip_test(differences, seed=0, draws=100_000):

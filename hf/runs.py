@@ -81,7 +81,7 @@ def digests(args):
 def create(args, rows):
     """Make the folder args.out (chosen here if None) and its config.json. What is there already is never touched.
 
-    rows: how many examples it trains on.
+    rows: how many examples it trains on. Returns the folder's `lock`.
     """
     if args.out is None:
         name = f"runs/lam{args.lam:g}-k{args.k}-seed{args.seed}"
@@ -95,6 +95,7 @@ def create(args, rows):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     config = {"arguments": settings, "rows": rows, "sha256": digests(args), "versions": versions}
     write_json(args.out / "config.json", config)
+    return lock(args.out)
 
 
 def lock(run):

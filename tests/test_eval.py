@@ -250,6 +250,8 @@ def test_before_and_after(trained, rows, tmp_path, capsys):
 def test_gold_answers_beyond_the_budget_are_told_of(trained, rows, tmp_path, capsys):
     call(trained[0], "--data", rows, "--max_new_tokens", "2", "--out", tmp_path)
     assert "warning: 30 gold answers are longer than --max_new_tokens 2" in capsys.readouterr().err
+    call(trained[0], "--data", rows, "--max_new_tokens", "5", "--out", tmp_path)  # as many as "A B C" has
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_hellaswag_takes_the_likeliest_letter_and_ending(trained, tmp_path):
@@ -745,6 +747,8 @@ def test_what_is_no_run(trained, rows, refused, tmp_path):
     assert "no config.json" in refused(tmp_path, "--data", rows)
     assert "either" in refused("--data", rows)
     assert "--data is missing" in refused(trained[0])
+    model = trained[0] / "best"
+    assert "say with --out" in refused(model, "--base", model, "--data", rows)
     for flags in (["--ask"], [*trained, "--ask", "a"], ["--predictions", rows, "--ask", "a"]):
         assert "one" in refused(*flags)
     (tmp_path / "config.json").write_text("{")

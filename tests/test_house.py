@@ -23,7 +23,7 @@ MAY_IMPORT = {  # DESIGN: arrows go from top to bottom
     "datasets": {"data", "support"},
 }
 SOURCES = sorted(path for folder in (".", *WINGS, "datasets") for path in (ROOT / folder).glob("*.py"))
-HEAVY = set("tokenizers jinja2 huggingface_hub sklearn matplotlib pooch transformers peft".split())
+HEAVY = set("tokenizers jinja2 huggingface_hub sklearn scipy.stats matplotlib pooch transformers peft".split())
 
 
 def room(path):
@@ -96,4 +96,4 @@ def test_the_code_base_does_not_grow():
     """The aim is 4,500 lines in all. It is not reached: until it is, this number goes down. (It went up by 41 once, for
     the speed of a step on CPUs.)"""
     lines = sum(path.read_text().count("\n") for path in SOURCES)
-    assert lines <= 6735, f"{lines} lines of source: make something simpler"
+    assert lines <= 6733, f"{lines} lines of source: make something simpler"

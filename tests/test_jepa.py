@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import jepa
-from jepa import ANSWER, CODE, LLMJEPA, PAD, PRED, TEXT
+from jepa import ANSWER, CODE, DISTANCES, LLMJEPA, PAD, PRED, TEXT
 from model import Attention, Config, Decoder, RMSNormOnCPU
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +164,15 @@ def test_on_a_cpu_attention_is_in_float32_under_autocast(softcap, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         logits = Decoder(Config(50, 1, 2, 16, 32, attn_softcap=softcap))(torch.ones(1, 3, dtype=torch.long))
     assert logits.dtype == torch.bfloat16 and dtypes == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("distance", sorted(DISTANCES))
+def test_encodings_are_compared_in_float32_under_autocast(distance, decoder, examples):
+    model, batch = LLMJEPA(decoder, 1), data.collate(examples, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(batch)
+        found = model.losses(hidden, batch, 1.0, distance).jepa
+    assert_close(found, DISTANCES[distance](*model.encodings(hidden, batch)), rtol=0, atol=0)
 
 
 def test_padding_changes_nothing(decoder, examples):

@@ -191,8 +191,11 @@ def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):
         [sys.executable, "-c", "import sys, time; from hf import runs; held = runs.lock(sys.argv[1]); print('held', "
          "flush=True); time.sleep(600)", str(copy)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
+    runs.log(copy, step=10**6)  # of after the checkpoint: whoever resumes the run drops it
+    before = (copy / "log.jsonl").read_bytes()
     code, line = ended(lambda: inside("--resume", copy), capsys)
     assert code == 2 and "another process is training this run" in line
+    assert (copy / "log.jsonl").read_bytes() == before
     holder.kill()
     holder.communicate()
     inside("--resume", copy)  # any death lets go of it
