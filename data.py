@@ -340,7 +340,7 @@ def main():
     tokenizer, conversations = hf.tokenizer(args.tokenizer), read(args.file)
     if args.row > len(conversations):
         raise UserError(f"{args.file}: has rows 1 to {len(conversations)}, there is no row {args.row}")
-    examples = [example(conversation, tokenizer, args.train_on) for conversation in conversations]
+    _, examples = examples_of(conversations, tokenizer, math.inf, train_on=args.train_on)
     chosen = examples[args.row - 1]
     if chosen.own_text and args.layout == "fused":
         raise UserError(f"{args.file}: its rows have a text view of their own; add --layout paper")

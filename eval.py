@@ -173,8 +173,7 @@ def scored(found, conversations, args):
     rows, broken = [], []
     for answer, conversation in answers.progress(list(zip(found, conversations, strict=True)), "scores"):
         question, gold = (message["content"] for message in conversation.messages[-2:])
-        exact = answer["output"].strip() == gold.strip()
-        row = answer | {"text": question, "gold": gold, "exact": exact}
+        row = answer | {"text": question, "gold": gold, "exact": tasks.exact(answer["output"], gold)}
         row |= tasks.judge(row, args.task, args.databases, args.is_regex)  # everything but exact match
         rows.append(row)
         if "cannot_score" in row:

@@ -341,8 +341,9 @@ def stop_if_failing(run, members):
 
 def log_step(run, bar, epoch, taken, tokens, began):
     """One line of log.jsonl, and the losses beside the progress bar. tokens: so many since `began`."""
-    total, lm, jepa = processes.summed(taken["sums"]).tolist()  # waits for the device
-    speed = round(tokens * WORLD / (time.perf_counter() - began))
+    sums = torch.cat([taken["sums"], taken["sums"].new_tensor([tokens])])
+    total, lm, jepa, tokens = processes.summed(sums).tolist()  # waits for the device
+    speed = round(tokens / (time.perf_counter() - began))
     if RANK == 0:
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
                  lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
@@ -414,6 +415,7 @@ def prepare(args):
     tokenizer = hf.tokenizer(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)
     model = make_model(args, tokenizer, source)
+    torch.manual_seed(args.seed + RANK)  # each process has its own dropout
     config = model.decoder.config
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding only "

@@ -130,7 +130,7 @@ def given(path, conversations):
     lines, by_row = objects(path), {row_number(conversation): conversation for conversation in conversations}
     numbered, left, answers = "row" in lines[0], dict(by_row), []
     if len(lines) > len(by_row):
-        raise UserError(f"{path}:{len(by_row) + 1}: --data has only {len(by_row)} rows; give one output for each")
+        raise UserError(f"{path}:{len(by_row) + 1}: --data has only {len(by_row)} rows (to --limit); give one for each")
     for number, made in enumerate(lines, 1):
         row = made.get("row") if numbered else next(iter(left))
         if type(row) is not int or row not in by_row:

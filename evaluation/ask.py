@@ -74,7 +74,7 @@ class Codes:
     def nearest(self, example):
         """Lines: the Codes nearest to a question, or that the encodings do not tell."""
         chance = min(1, SHOWN / len(self.texts))
-        if self.found < max(0.1, 3 * chance):
+        if self.found < max(0.1, min(3 * chance, (1 + chance) / 2)):
             return [f"(The encodings do not tell which Codes are near: of the file's own questions {self.found:.1%} "
                     f"have theirs among the nearest {SHOWN} of {len(self.texts)}; by chance {chance:.1%} would.)"]
         question, _ = self.encoded([example])

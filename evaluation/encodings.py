@@ -87,8 +87,10 @@ def mean_pairwise_cosine(x):  # (n, C) -> ()
 
 def ranks(query, key):  # (n, C), (n, C) -> (n,)
     """Where a query's own key stands when all n keys are sorted by cosine, from 1. Ties count against it."""
-    similarity = unit(query) @ unit(key).T  # (n, n)
-    return (similarity >= np.diag(similarity)[:, None] - 1e-12).sum(axis=1)
+    query, key = unit(query), unit(key)
+    own = (query * key).sum(axis=1)[:, None] - 1e-12
+    at_once = [slice(start, start + 1000) for start in range(0, len(query), 1000)]  # not all of (n, n)
+    return np.concatenate([(query[part] @ key.T >= own[part]).sum(axis=1) for part in at_once])
 
 
 def effective_rank(x):  # (n, C) -> number between 1 and C

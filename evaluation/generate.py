@@ -95,7 +95,8 @@ def sampler(temperature, top_p, seed, names):
     """
 
     def choose(logits, rows, step):
-        share = torch.softmax(logits.float() / temperature, dim=-1)
+        logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # finite for any temperature
+        share = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
         if top_p < 1:  # a token is kept if the likelier ones do not make up top_p without it
             ordered, order = share.sort(dim=-1, descending=True)
             ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0

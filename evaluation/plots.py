@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.encodings import unit
 from hf import runs
 from support.cli import writing
 
@@ -93,8 +94,7 @@ def tsne(sides, title, path, most=500):
 
     (text_name, text), (code_name, code) = sides.items()
     n = min(len(text), most)
-    both = np.concatenate([text[:n], code[:n]])
-    both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)  # the loss compares directions
+    both = unit(np.concatenate([text[:n], code[:n]]))  # the loss compares directions
     start = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of a single point is not defined
     points = TSNE(perplexity=min(30, (len(both) - 1) / 3), init=start, random_state=0).fit_transform(both)
     figure, axis = panels(figsize=(7, 7))

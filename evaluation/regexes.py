@@ -135,7 +135,9 @@ class Languages:
 
 @functools.lru_cache(1000)
 def character_class(token):
-    """The token as `re` understands it: there \\d would be a digit, here it is the letter d."""
+    """The token as `re` understands it: there \\d would be a digit, ^ a place; here they are the letters d and ^."""
+    if token in ("^", "$"):
+        return re.compile(re.escape(token))
     return re.compile(re.sub(r"\\(.)", lambda found: re.escape(found[1]), token, flags=re.DOTALL), re.DOTALL)
 
 
@@ -149,8 +151,8 @@ def parse(text, languages):
     Python's operators bind as NL-RX's do: ~ first, then * (here: repetition), + (here: sequence), & and last |. So the
     regex is written as a Python expression, in which t7 is its token number 7, for Python's parser to make a tree of.
     """
-    tokens = TOKEN.findall(text)
-    if "".join(tokens) != text or len(text) > MAX_REGEX:
+    tokens = TOKEN.findall(text[:MAX_REGEX])
+    if "".join(tokens) != text:
         raise SyntaxError("not a regex of NL-RX")
     expression, after_operand = "", False
     for i, token in enumerate(tokens):

@@ -131,6 +131,8 @@ def read_config(path):
 
     if f.take("peft_type", str) != "LORA" or f.take("bias", str, "none") != "none":
         f.refuse("only LORA adapters without biases are supported")
+    if f.values.pop("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+        f.refuse("init_lora_weights names a method that changes the base model, too; that is not supported")
     rank = by_module("rank_pattern", int, f.take("r", int))
     alpha = by_module("alpha_pattern", float, f.take("lora_alpha", float))
     targets = f.take("target_modules", list)

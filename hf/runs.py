@@ -11,6 +11,7 @@ Under LoRA, checkpoint/ holds the adapters in PEFT's format; best/ is merged. A 
 first and then renamed, so a crash leaves the old state or the new, never half.
 """
 
+import contextlib
 import copy
 import fcntl
 import hashlib
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 import data
 import hf
@@ -55,7 +57,8 @@ def digest(*paths):
 def model_files(folder):
     """What a model in a Hugging Face folder consists of: weights, settings, tokenizer, chat template."""
     kinds = (".safetensors", ".bin", ".json", ".jinja")
-    return sorted(path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file())
+    files = (path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file())
+    return sorted(path for path in files if path.name != "metrics.json")  # of eval.py --out
 
 
 def tokenizer_digest(name):
@@ -83,17 +86,21 @@ def create(args, rows):
 
     rows: how many examples it trains on. Returns the folder's `lock`.
     """
+    sums = digests(args)  # takes seconds for a large model
     if args.out is None:
         name = f"runs/lam{args.lam:g}-k{args.k}-seed{args.seed}"
-        names = [name] + [f"{name}-{i}" for i in range(2, 10000)]
-        args.out = next(path for path in map(Path, names) if not path.exists())
+        for path in [Path(name)] + [Path(f"{name}-{i}") for i in range(2, 10000)]:
+            with contextlib.suppress(FileExistsError):  # of runs that begin together each makes its own
+                path.mkdir(parents=True)
+                args.out = path
+                break
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty and holds no run; choose another --out")
     settings = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config = {"arguments": settings, "rows": rows, "sha256": digests(args), "versions": versions}
+    config = {"arguments": settings, "rows": rows, "sha256": sums, "versions": versions}
     write_json(args.out / "config.json", config)
     return lock(args.out)
 
@@ -189,18 +196,21 @@ def save_model(model, folder, source=None, training=None):
         else:
             decoder = model.decoder
             if adapted:
-                decoder = copy.deepcopy(decoder)
+                on_cpu = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in decoder.parameters()}
+                decoder = copy.deepcopy(decoder, on_cpu)  # a GPU may have no room for another
                 lora.merge(decoder)
             weights.save(decoder, new, source)
         save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
         if training is not None:
             torch.save(training, new / "training.pt")
+        for path in new.iterdir():
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors makes its files for the owner alone
+            with open(path) as file:
+                os.fsync(file.fileno())  # on the disk before it is renamed: the power may fail, too
     except (RuntimeError, OSError, SafetensorError, UserError) as failure:  # a full disk shows itself in many ways
         shutil.rmtree(new, ignore_errors=True)
         reason = str(failure).splitlines()[0]
         raise Stopped(f"{folder}: cannot be written ({reason}); what was saved before is still there") from None
-    for file in new.iterdir():
-        file.chmod(new.stat().st_mode & 0o666)  # safetensors makes its files for the owner alone
     replace(folder)
 
 
@@ -215,7 +225,8 @@ def save_checkpoint(model, optimizer, args, source, state):
             torch.save(state, folder.with_name("checkpoint.new") / "training.pt")
             replace(folder)
     elif processes.RANK == 0:
-        save_model(model, folder, source, state | {"optimizer": optimizer.state_dict()})
+        base = args.init if args.lora_rank else source  # adapters name their base model, and may be moved
+        save_model(model, folder, base, state | {"optimizer": optimizer.state_dict()})
 
 
 def save_best(model, args, source):
@@ -322,7 +333,7 @@ class Opened:
 
     model: LLMJEPA
     tokenizer: data.Tokenizer
-    layout: dict  # how training laid out the views; empty for a model that has no [PRED]
+    layout: dict  # how training laid out the views; empty for a Hugging Face folder
     seed: int | None  # of training
     data: str | None  # what it was trained on
     stamp: str  # digest of every file that its answers depend on
@@ -343,18 +354,24 @@ def open_model(path, device, tokenizer=None):
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
     if is_run(path):
         arguments = settings(path)["arguments"]
-        folder, seed, trained_on = standing(path, "best", "checkpoint"), arguments.get("seed"), arguments["data"]
+        kinds = ["best"] if arguments.get("shard") else ["best", "checkpoint"]  # a part of a model cannot be opened
+        folder, seed, trained_on = standing(path, *kinds), arguments.get("seed"), arguments["data"]
         if folder is None:
             raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
         own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()
         name = str(folder) if own else arguments["tokenizer"]
         layout = {"layout": arguments["layout"]} | {
             key: bool(arguments.get(key)) for key in ("front_pred", "reverse")}
-    model, name = load_model(folder), tokenizer or name
+    files, name = model_files(folder), tokenizer or name
+    if (folder / "adapter_config.json").exists():
+        files += model_files(weights.fetch(lora.base_of(folder)))
+    before = [file.stat() for file in files]
+    model, stamp = load_model(folder), f"{digest(*files)[:16]} {tokenizer_digest(name)[:16]}"
+    if any(not os.path.samestat(file.stat(), known) for file, known in zip(files, before, strict=True)):
+        raise UserError(f"{folder}: has changed while it was read; try again")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise UserError(f"{folder}: its weights are not finite, so it has no answers; evaluate another checkpoint")
-    opened, stamp = hf.tokenizer(name), f"{digest(*model_files(folder))[:16]} {tokenizer_digest(name)[:16]}"
-    vocabulary = model.decoder.config.vocab_size
+    opened, vocabulary = hf.tokenizer(name), model.decoder.config.vocab_size
     if opened.vocab_size > vocabulary:
         raise UserError(f"{path}: tokenizer {opened.name} has {opened.vocab_size} tokens, the model's embedding "
                         f"only {vocabulary}; name the model's own with --tokenizer")

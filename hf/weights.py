@@ -209,9 +209,10 @@ def pickled(file):
         """Write its tensors as safetensors."""
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, target)
+            state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
         except Exception:  # whatever a damaged or hostile file provokes
             raise UserError(f"{file}: refused: damaged, or not just a dict of tensors: it could run code") from None
+        save_file(state, target)
 
     return {"convert": convert}
 

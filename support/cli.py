@@ -75,7 +75,8 @@ def whole(least, most=2**31 - 1):
 
 def run(main):
     """Call main() as a command: a UserError or a file that cannot be used -> one line, Ctrl-C -> exit code 130."""
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it
+    sys.stdout, sys.stderr = (Unbreakable(s or open(os.devnull, "w")) for s in (sys.stdout, sys.stderr))
     try:
         for word in sys.argv[1:]:
             if re.fullmatch("--[^=]*=--", word):  # Python 3.11's argparse makes an empty list of it
@@ -87,7 +88,7 @@ def run(main):
         where = f"{failure.filename}: " if failure.filename else ""
         sys.exit(_say(f"error: {where}{failure.strerror or failure}; give a file that can be used", 2))
     except (MemoryError, RuntimeError) as failure:
-        if isinstance(failure, RuntimeError) and "memory" not in str(failure):  # torch's word for it, on any device
+        if isinstance(failure, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(failure)):
             raise
         sys.exit(_say("error: out of memory; try a smaller --batch_size or model, or fewer or shorter rows", 2))
     except KeyboardInterrupt:

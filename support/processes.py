@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from support.cli import UserError
+from support.cli import Stopped, UserError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -31,8 +31,8 @@ def hardware(name="auto", dtype="float32"):
     that is wanted. dtype "auto" is bfloat16 on NVIDIA GPUs that have it, and float32 elsewhere."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and WORLD > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()  # is it there, and does it compute?
@@ -94,6 +94,7 @@ def spread(model, shard):
 def at_hand(model, shard):
     """Within this context the methods of a sharded model work too, and not only calling it."""
     if shard:
+        model._get_fsdp_state()._lazy_init()  # FSDP does so in the first pass of the whole; some runs begin with this
         model.unshard()
     yield
     if shard:
@@ -166,7 +167,8 @@ class Stop:
     def __init__(self):
         self.signals, self.parent = [], os.getppid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
         if number == signal.SIGINT and number in self.signals:
@@ -188,6 +190,18 @@ def whole_weights(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+@contextlib.contextmanager
+def all_went_well(what, then):
+    """A context for torch's checkpoints: what went wrong in one process ends all of them, each with one line."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as failure:
+        reason = str(next(iter(failure.failures.values()))[0]).splitlines()[0].partition(". ")[0]
+        raise Stopped(f"{what} ({reason}); {then}") from None
+
+
 def save_shards(model, optimizer, folder):
     """Each process writes its part of weights and optimizer."""
     import torch.distributed.checkpoint as checkpoint
@@ -197,7 +211,8 @@ def save_shards(model, optimizer, folder):
         shutil.rmtree(folder, ignore_errors=True)  # from a save that did not come to its end
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    with all_went_well(f"{folder}: cannot be written", "what was saved before is still there"):
+        checkpoint.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 
 
 def load_shards(model, optimizer, folder):
@@ -207,5 +222,6 @@ def load_shards(model, optimizer, folder):
 
     optimizer.zero_grad(set_to_none=True)  # torch makes an optimizer's missing state only where there is no gradient
     weights, moments = get_state_dict(model, optimizer)
-    checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    with all_went_well(f"{folder}: cannot be read", "this run cannot go on, start another"):
+        checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)

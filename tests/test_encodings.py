@@ -38,6 +38,9 @@ def test_ranks_count_ties_against_the_query():
     assert encodings.ranks(query, query[[1, 0, 2]]).tolist() == [3, 3, 1]
     same = np.ones((4, 2))
     assert encodings.ranks(same, same).tolist() == [4] * 4  # a collapse finds nothing
+    one, other = np.random.default_rng(3).normal(size=(2, 2500, 3))  # more than are compared at once
+    cosine = cosine_similarity(one, other)
+    assert encodings.ranks(one, other).tolist() == (cosine >= np.diag(cosine)[:, None] - 1e-12).sum(axis=1).tolist()
 
 
 def test_mean_pairwise_cosine():

@@ -617,6 +617,8 @@ def test_nearest_codes_are_listed_where_the_encodings_tell_them(trained, rows, c
     call(trained[0], "--data", rows, "--ask", "a b c", "--max_new_tokens", "2")
     last = capsys.readouterr().out.splitlines()[-1]
     assert "do not tell which Codes are near" in last and "of 28" in last, "28 different Codes in 30 rows"
+    call(trained[1], "--data", rows, "--limit", "6", "--ask", "a b c", "--max_new_tokens", "2")
+    assert "nearest Codes" in capsys.readouterr().out, "by chance 3 of 6"
 
 
 def test_a_hugging_face_folder_answers_too(capsys):
@@ -755,6 +757,11 @@ def test_what_is_no_run(trained, rows, refused, tmp_path):
     assert "config.json" in refused(tmp_path, "--data", rows)
     young = Path(shutil.copytree(trained[0], tmp_path / "young", ignore=shutil.ignore_patterns("best", "checkpoint")))
     assert "holds no checkpoint yet" in refused(young, "--data", rows)
+    (young / "checkpoint").mkdir()  # of a sharded run: parts of a model
+    config = json.loads((young / "config.json").read_text())
+    config["arguments"]["shard"] = True
+    (young / "config.json").write_text(json.dumps(config))
+    assert "holds no checkpoint yet" in refused(young, "--data", rows)
     (tmp_path / "file").write_text("in the way")
     assert "file" in refused(trained[0], "--data", rows, "--out", tmp_path / "file/out")
 
@@ -768,6 +775,34 @@ def test_a_tokenizer_of_another_model_is_refused(rows, refused, tmp_path):
     else:
         flags = [smaller, "--tokenizer", "synth", "--out", tmp_path / "out"]
     assert "the model's embedding only" in refused(*flags, "--data", rows)
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(trained, tmp_path, monkeypatch):
+    copy, whole = Path(shutil.copytree(trained[1], tmp_path / "copy")), runs.load_model
+
+    def while_training(folder):
+        model = whole(folder)
+        shutil.copytree(trained[0] / "best", copy / "new")
+        os.rename(folder, copy / "old")
+        os.rename(copy / "new", folder)
+        return model
+
+    monkeypatch.setattr(runs, "load_model", while_training)
+    with pytest.raises(cli.UserError, match="best: has changed while it was read"):
+        runs.open_model(copy, "cpu")
+
+
+def test_results_in_a_models_folder_do_not_change_the_model(trained):
+    before = runs.model_files(ORACLE)
+    copy = Path(shutil.copytree(trained[1] / "best", trained[1].parent / "model"))
+    (copy / "metrics.json").write_text("{}")
+    assert [path.name for path in runs.model_files(copy)] == [p.name for p in runs.model_files(trained[1] / "best")]
+    assert before == sorted(before) and before
+
+
+def test_a_closed_standard_output_is_no_mistake(rows):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} data.py {rows} <&- >&-"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
 
 
 def test_rows_without_an_answer_are_refused(trained, tmp_path, refused):

@@ -19,7 +19,7 @@ import jepa
 import train as train_script
 from evaluation import plots
 from hf import runs
-from support import cli
+from support import cli, processes
 from support.cli import Stopped, UserError
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
@@ -320,6 +320,40 @@ def test_too_little_memory_is_one_line(capsys, failure):
 
     code, line = ended(main, capsys)
     assert code == 2 and "out of memory" in line
+
+
+def test_other_faults_of_the_device_are_not_taken_for_it():
+    def main():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    streams = sys.stdout, sys.stderr
+    with pytest.raises(RuntimeError, match="illegal"):
+        cli.run(main)
+    sys.stdout, sys.stderr = streams
+
+
+def test_nohup_is_respected():
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    stop, terminate = processes.Stop(), signal.getsignal(signal.SIGTERM)
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.wanted
+        os.kill(os.getpid(), signal.SIGINT)  # which shells ignore for what runs in the background
+        assert stop.wanted
+    finally:
+        for number, handler in (handlers | {signal.SIGTERM: signal.SIG_DFL}).items():
+            signal.signal(number, handler)
+        assert terminate is stop
+
+
+def test_runs_that_begin_together_get_folders_of_their_own(toy, tmp_path, monkeypatch):
+    """While one of them reads its files, another takes the name that was free."""
+    monkeypatch.chdir(tmp_path)
+    whole = runs.digests
+    monkeypatch.setattr(runs, "digests", lambda args: Path("runs/lam1-k1-seed0").mkdir(parents=True) or whole(args))
+    inside(*toy, *SMALL, "--max_steps", "1")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["lam1-k1-seed0", "lam1-k1-seed0-2"]
+    assert not any(Path("runs/lam1-k1-seed0").iterdir())
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys):

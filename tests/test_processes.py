@@ -1,5 +1,6 @@
 """Several processes under torchrun: the result is that of one, and a death ends all without losing the run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,22 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, oth
     same(out, alone)
 
 
+def test_a_sharded_run_that_was_stopped_before_its_validation(toy, tmp_path):
+    """FSDP begins here with a validation, which is no pass of the whole model. And a damaged part is one line."""
+    out = tmp_path / "run"
+    assert run(*torchrun(2, "--out", out, *toy, *SMALL, "--shard", "--max_steps", "4")).returncode == 0
+    config = json.loads((out / "config.json").read_text())
+    config["arguments"]["max_steps"] = None
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log(out) if "val_lm" not in line))
+    done = run(*torchrun(2, "--resume", out))
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log(out) if "val_lm" in line] == [4, 8]
+    next((out / "checkpoint").glob("*.distcp")).write_bytes(b"damaged")
+    done = run(*torchrun(2, "--resume", out))
+    assert "checkpoint: cannot be read (" in done.stderr and 'train.py", line' not in done.stderr, done.stderr
+
+
 def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
     flags = [*toy, *SMALL, "--lr", "5e-4", "--epochs", "50"]
     out = tmp_path / "both"
@@ -123,6 +140,13 @@ def test_world_size_without_torchrun_is_one_line(tmp_path):
                           capture_output=True)
     assert done.returncode == 2 and "torchrun did not start this process" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "17")
+    with pytest.raises(UserError, match="--device cuda:17"):
+        processes.hardware("cuda")
 
 
 def test_bfloat16_is_refused_where_it_is_slow(monkeypatch):

@@ -292,6 +292,15 @@ def test_lora_trains_adapters_and_pred_and_exports_a_merged_model(toy, tmp_path)
         assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_name_their_base_as_the_user_did(tmp_path):
+    """A name of the Hub, and not the folder of this machine's cache."""
+    model = LLMJEPA(weights.load(MODEL), 1)
+    lora.add(model.decoder, 4)
+    args = Namespace(out=tmp_path, shard=False, init="org/model", lora_rank=4)
+    runs.save_checkpoint(model, torch.optim.AdamW(model.parameters()), args, MODEL, {"step": 1, "random": []})
+    assert lora.base_of(tmp_path / "checkpoint") == "org/model"
+
+
 def test_a_resumed_lora_run_is_the_run_that_was_not_stopped(toy, tmp_path):
     """Dropout draws from the random stream, which the checkpoint holds."""
     flags = [*toy, "--lora_rank", "4", "--lora_dropout", "0.3", *FINE_TUNE]
