@@ -186,8 +186,7 @@ def scored(found, conversations, args):
 
 
 def encoded_before(base, opened, conversations, args):
-    """(encodings, does Code predict Text?) of the model that training began with; if it has no [PRED], in the layout of
-    the trained model."""
+    """(encodings, reverse) of the model that training began with; if it has no [PRED], in the trained one's layout."""
     layout = base.layout if len(base.model.pred) else {k: v for k, v in opened.layout.items() if k == "layout"}
     try:
         _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,

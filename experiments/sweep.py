@@ -96,7 +96,8 @@ def run_cell(cell, threads, keep):
                 command = f"python train.py --resume {cell.folder.relative_to(ROOT)}"
             elif stage == "train":
                 shutil.rmtree(cell.folder, ignore_errors=True)  # stopped before its first checkpoint
-            print(f"$ {command}", file=log, flush=True)
+            named = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+            print(f"$ {command}\n= code {named.stdout.strip()}", file=log, flush=True)
             words = [sys.executable, *(os.path.expandvars(word) for word in shlex.split(command)[1:])]
             code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
@@ -115,11 +116,11 @@ def collect(cell, threads):
     config, metrics = (cli.read_json(cell.folder / name) for name in ("config.json", "metrics.json"))
     log, rows = ([json.loads(line) for line in (cell.folder / name).read_text(encoding="utf-8").split("\n")[:-1]]
                  for name in ("log.jsonl", "predictions.jsonl"))
-    code = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    codes = dict.fromkeys(re.findall(r"^= code (.+)", logged(cell), re.MULTILINE))  # of each attempt
     times = re.findall(r"^= (\w+) (\S+) s, exit", logged(cell), re.MULTILINE)
     return {
         "arm": cell.arm, "seed": cell.seed, "commands": cell.commands, "settings": config["arguments"],
-        "sha256": config["sha256"], "versions": config["versions"] | {"code": code.stdout.strip()},
+        "sha256": config["sha256"], "versions": config["versions"] | {"code": ", ".join(codes)},
         "hardware": machine() | {"threads": threads}, "attempts": len(times),
         "seconds": {stage: round(sum(float(seconds) for name, seconds in times if name == stage), 1)
                     for stage in ("train", "eval")},
