@@ -230,8 +230,10 @@ def test_printing_never_ends_a_run(odd, tmp_path, where):
 def test_a_lost_terminal_saves(toy, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "train.py", "--out", out, *toy, *SMALL, "--epochs", "200"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where these tests run under nohup
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
+    signal.signal(signal.SIGHUP, before)
     while process.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
