@@ -276,7 +276,7 @@ class Row:
 def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=False, multiple=1):
     """Lay the examples out in rows: `jepa.Batch`.
 
-    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [own TEXT, PRED | CODE].
+    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [TEXT alone, PRED | CODE].
     jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] comes after CODE, Code predicts Text.
     front_pred (paper layout only): [PRED] stands before the user's content, and Text's last token is Pred(Enc(Text)).
     multiple: rows are padded to a multiple of this many columns.

@@ -114,11 +114,22 @@ def test_a_training_that_died_goes_on_from_its_checkpoint_or_is_run_again(place,
 
 
 def test_an_evaluation_that_died_does_not_repeat_the_training(place, monkeypatch, capsys):
+    """And the result names the code of both attempts, where a commit came between them."""
+    def commit():
+        who = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        subprocess.run(["git", *who, "commit", "-q", "--allow-empty", "-m", "more"], cwd=place, check=True)
+        named = subprocess.run(["git", "describe", "--always"], cwd=place, capture_output=True, text=True)
+        return named.stdout.strip()
+
+    subprocess.run(["git", "init", "-q"], cwd=place, check=True)
     toy(monkeypatch, {"a": ""}, on_eval="--die")
     cell, = sweep.cells("toy")
+    first = commit()
     assert sweep.run_all([cell], 1, True) == 1
     assert "a-seed0: eval.py ended with exit code 7; see runs/sweep/toy/a-seed0.log" in capsys.readouterr().out
+    second = commit()
     assert sweep.run_all([cell], 1, True) == 0 and seen(cell) == ["anew"]
+    assert json.loads(cell.result.read_text())["versions"]["code"] == f"{first}, {second}"
 
 
 def test_what_was_begun_by_other_commands_is_run_again(place, monkeypatch):
