@@ -3,17 +3,16 @@
     in_batches(decoder, prompts, ...)           greedy decoding, or with choose=sampler(...)
     log_likelihoods(decoder, prompts, choices)  nothing is written: how likely is each of the given answers?
 
-First the prompts are taken in (`prefill`). What all of them begin with, a system turn say, is computed once; then there
-is a forward pass for all prompts of one length, so that nothing is padded. Their keys and values become one cache, each
-row's on the right, so that the next token of every row lands in the same new column:
+First the prompts are taken in (`prefill`). What all of them begin with, a system turn say, is computed once, the rest of
+all prompts in one forward pass. Shorter ones are padded in front, so that the next token of every row lands in the same
+new column:
 
-    | . . . . a short prompt | answer          dots: columns that are not the row's own; `seen` is False there, and
-    | . a longer prompt      | answer          no token attends to them
+    what all begin with | . . . a short prompt | answer        dots: padding; `own` is False there, and no token of the
+    what all begin with | a longer prompt      | answer        row attends to it
 
 Then (`decode`) every step adds a column. Rows that have ended leave the batch.
 """
 
-import copy
 import os
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jepa import TEXT, mask
+from jepa import PAD, TEXT, mask
 
 
 class Answer(NamedTuple):
@@ -69,18 +68,6 @@ class Cache:
             held[moved, :, : self.end] = held[rows[moved], :, : self.end]
             self.tensors[name] = held[: len(rows)]
 
-    @classmethod
-    def stacked(cls, caches):
-        """The rows of several caches, aligned on the right: shorter ones begin with empty columns."""
-        one = cls()
-        one.end = max(cache.end for cache in caches)
-        gaps = [one.end - cache.end for cache in caches]
-        one.position = torch.cat([F.pad(cache.position, (gap, 0)) for cache, gap in zip(caches, gaps, strict=True)])
-        for name in caches[0].tensors:
-            parts = [cache.tensors[name][:, :, : cache.end] for cache in caches]
-            one.tensors[name] = torch.cat([F.pad(part, (0, 0, gap, 0)) for part, gap in zip(parts, gaps, strict=True)])
-        return one
-
 
 def most_likely(logits, rows, step):
     """Greedy decoding: the next token of each row, (B,), from its logits, (B, V)."""
@@ -109,28 +96,28 @@ def sampler(temperature, top_p, seed, names):
     return choose
 
 
-def states(decoder, ids, start, cache):
-    """Hidden states (B, T, C) of rows of ids that go on at column `start` of a cache; all of it is seen as TEXT is."""
-    device, end = decoder.embed.weight.device, start + len(ids[0])
-    causal = mask(torch.full((1, end), TEXT, device=device))[:, start:]  # (1, T, S)
-    position = torch.arange(start, end, device=device).expand(len(ids), -1)
-    return decoder.hidden(torch.tensor(ids, device=device), causal, position, cache)
+def states(decoder, rows, start, cache):
+    """(states (B, T, C), which of all S columns are a row's own (B, S)) of rows of ids that go on at column `start` of
+    a cache. Shorter rows are padded in front, and what a row consists of is seen as TEXT is."""
+    device, width = decoder.embed.weight.device, max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    padding = torch.tensor([width - len(row) for row in rows], device=device)[:, None]  # (B, 1)
+    column = torch.arange(start + width, device=device)
+    own = (column < start) | (column >= start + padding)
+    position = (column[start:] - padding).clamp(min=0)  # (B, T); that of padding means nothing
+    seen = mask(torch.where(own, TEXT, PAD))[:, start:]  # (B, T, S)
+    return decoder.hidden(ids, seen, position, cache), own
 
 
 def prefill(decoder, prompts):
-    """(which prompt each row is, state of each row's last token (B, C), `Cache`)."""
-    of_length, beginning, caches, last = {}, Cache(), [], []
-    shared = 0  # tokens that all prompts begin with; one of each must remain to go on from
+    """(state of each prompt's last token (B, C), which columns are a row's own (B, S), `Cache`)."""
+    cache, shared = Cache(), 0  # tokens that all prompts begin with; one of each must remain to go on from
     if len(prompts) > 1:
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-    for i, prompt in enumerate(prompts):
-        of_length.setdefault(len(prompt), []).append(i)
     if shared:
-        states(decoder, [prompts[0][:shared]], 0, beginning)
-    for members in of_length.values():
-        caches.append(copy.deepcopy(beginning))
-        last.append(states(decoder, [prompts[i][shared:] for i in members], shared, caches[-1])[:, -1])
-    return [i for members in of_length.values() for i in members], torch.cat(last), Cache.stacked(caches)
+        states(decoder, [prompts[0][:shared]], 0, cache)
+    state, own = states(decoder, [prompt[shared:] for prompt in prompts], shared, cache)
+    return state[:, -1], own, cache
 
 
 @torch.inference_mode()
@@ -142,10 +129,9 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     room, device = decoder.config.block_size, decoder.embed.weight.device
     assert prompts and all(prompts), "every prompt needs at least one token"
     assert max(map(len, prompts)) <= room, "a prompt is longer than the model's block_size"
-    alive, state, cache = prefill(decoder, prompts)  # alive: which prompt each row of the batch belongs to
-    length = torch.tensor([len(prompts[i]) for i in alive], device=device)[:, None]  # (B, 1)
-    seen = torch.arange(cache.end, device=device) >= cache.end - length  # (B, S): the columns that a row consists of
-    answers = [[] for _ in prompts]
+    state, own, cache = prefill(decoder, prompts)
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (B, 1)
+    alive, answers = list(range(len(prompts))), [[] for _ in prompts]  # alive: which prompt each row belongs to
     for step in range(max_new_tokens):
         token = choose(decoder.logits(state), alive, step)  # (B,)
         going = []  # rows of the batch
@@ -162,10 +148,10 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
         if len(going) < len(alive):
             going = closed_up(going)
             alive, rows = [alive[row] for row in going], torch.tensor(going, device=device)
-            token, length, seen = token[rows], length[rows], seen[rows]
+            token, length, own = token[rows], length[rows], own[rows]
             cache.keep(rows)
-        seen = F.pad(seen, (0, 1), value=True)  # the column of the new token
-        state = decoder.hidden(token[:, None], seen[:, None], length + step, cache)[:, -1]
+        own = F.pad(own, (0, 1), value=True)  # the column of the new token
+        state = decoder.hidden(token[:, None], own[:, None], length + step, cache)[:, -1]
 
 
 def closed_up(rows):
@@ -198,6 +184,6 @@ def log_likelihoods(decoder, prompt, choices):
     if len(prompt) > 1:
         states(decoder, [prompt[:-1]], 0, cache)
     rows = [[prompt[-1], *tokens[:-1], *[0] * (width - len(tokens))] for tokens in choices]  # padded behind the end
-    logits = decoder.logits(states(decoder, rows, len(prompt) - 1, cache))  # (choices, width, V)
+    logits = decoder.logits(states(decoder, rows, len(prompt) - 1, cache)[0])  # (choices, width, V)
     found = torch.log_softmax(logits.float(), dim=-1)
     return [found[i, range(len(tokens)), tokens].sum().item() for i, tokens in enumerate(choices)]

