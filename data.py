@@ -322,9 +322,6 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     )
 
 
-# ---- python data.py FILE
-
-
 def main():
     import hf  # the command opens any tokenizer; the module above knows two
 

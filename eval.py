@@ -26,52 +26,47 @@ from support.processes import hardware
 # Room for an answer, in tokens, by task. Longer gold answers are told of before generation starts.
 BUDGET = {"exact": 128, "gsm8k": 512, "spider": 256, "nq_open": 64, "hellaswag": 8, "label": 8}
 
+FLAGS = cli.parser(__doc__)
 
-def data_flags(add):
-    add("runs", type=Path, nargs="*", metavar="RUN", help="run folder of train.py, or any Hugging Face folder")
-    add("--data", type=Path, help="JSONL of conversations to answer")
-    add("--task", choices=sorted(tasks.TASKS),
-        help="how answers are scored; default: from the data file's name. exact, on files named synth or turk, also "
-        "compares regexes as languages; hellaswag takes the likeliest letter and the likeliest ending")
-    add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
-    add("--limit", type=cli.whole(1), help="only this many rows of the file, from the first")
-    add("--too_long", choices=["refuse", "skip"], default="refuse",
-        help="rows longer than the model are refused, or skipped and reported")
-    add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
+add = FLAGS.add_argument_group("data").add_argument
+add("runs", type=Path, nargs="*", metavar="RUN", help="run folder of train.py, or any Hugging Face folder")
+add("--data", type=Path, help="JSONL of conversations to answer")
+add("--task", choices=sorted(tasks.TASKS),
+    help="how answers are scored; default: from the data file's name. exact, on files named synth or turk, also "
+    "compares regexes as languages; hellaswag takes the likeliest letter and the likeliest ending")
+add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
+add("--limit", type=cli.whole(1), help="only this many rows of the file, from the first")
+add("--too_long", choices=["refuse", "skip"], default="refuse",
+    help="rows longer than the model are refused, or skipped and reported")
+add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
 
+add = FLAGS.add_argument_group("answers").add_argument
+add("--ask", nargs="?", const="", metavar="QUESTION",
+    help="print the answer to one question, or to each that you type, and write no files. The system turn is that "
+    "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that "
+    f"file that are nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings tell them")
+add("--max_new_tokens", type=cli.whole(1), help=f"budget of an answer; default by task: {BUDGET}")
+add("--temperature", type=cli.number(), default=0.0,
+    help="0: greedy; otherwise sample from softmax(logits / temperature)")
+add("--top_p", type=cli.number(0, 1, above=True), default=1.0,
+    help="sample from the likeliest tokens that make up this share")
+add("--seed", type=cli.whole(0), default=0, help="of sampling, of the shuffled pairs, of the bootstrap")
 
-def answer_flags(add):
-    add("--ask", nargs="?", const="", metavar="QUESTION",
-        help="print the answer to one question, or to each that you type, and write no files. The system turn is that "
-        "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that "
-        f"file that are nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings tell them")
-    add("--max_new_tokens", type=cli.whole(1), help=f"budget of an answer; default by task: {BUDGET}")
-    add("--temperature", type=cli.number(), default=0.0,
-        help="0: greedy; otherwise sample from softmax(logits / temperature)")
-    add("--top_p", type=cli.number(0, 1, above=True), default=1.0,
-        help="sample from the likeliest tokens that make up this share")
-    add("--seed", type=cli.whole(0), default=0, help="of sampling, of the shuffled pairs, of the bootstrap")
+add = FLAGS.add_argument_group("hardware").add_argument
+add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+    help="of generation, where auto is bfloat16 on GPUs that have it; encodings are always made in float32")
+add("--batch_size", type=cli.whole(1), default=128, help="prompts per batch; changes nothing but rounding")
 
-
-def hardware_flags(add):
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of generation, where auto is bfloat16 on GPUs that have it; encodings are always made in float32")
-    add("--batch_size", type=cli.whole(1), default=128, help="prompts per batch; changes nothing but rounding")
-
-
-def result_flags(add):
-    add("--base", type=Path, metavar="FOLDER",
-        help='report the encodings of this model beside those of RUN, as "before": the one that training began with')
-    add("--predictions", type=Path, metavar="FILE",
-        help='score these outputs, one {"output": "..."} for each row of --data in order, instead of a RUN')
-    add("--out", type=Path,
-        help="folder for the results; default: the run's own. With --predictions a JSON file; default: only print")
-    add("--report", type=Path, metavar="FILE.md",
-        help="write the table with pictures; default with several RUNs and --out: OUT/comparison.md")
-
-
-GROUPS = {"data": data_flags, "answers": answer_flags, "hardware": hardware_flags, "results": result_flags}
+add = FLAGS.add_argument_group("results").add_argument
+add("--base", type=Path, metavar="FOLDER",
+    help='report the encodings of this model beside those of RUN, as "before": the one that training began with')
+add("--predictions", type=Path, metavar="FILE",
+    help='score these outputs, one {"output": "..."} for each row of --data in order, instead of a RUN')
+add("--out", type=Path,
+    help="folder for the results; default: the run's own. With --predictions a JSON file; default: only print")
+add("--report", type=Path, metavar="FILE.md",
+    help="write the table with pictures; default with several RUNs and --out: OUT/comparison.md")
 
 
 def check(args):
@@ -91,7 +86,7 @@ def check(args):
     if args.ask is None and args.task == "spider" and not (args.databases and args.databases.is_dir()):
         raise UserError("--task spider executes queries: give --databases DIR, the folder of Spider's databases "
                         "(python datasets/download.py spider --databases fetches them)")
-    args.max_new_tokens = args.max_new_tokens or BUDGET[args.task]
+    args.max_new_tokens = args.max_new_tokens or (BUDGET[args.task] if args.data else max(BUDGET.values()))
     args.is_regex = bool(args.data) and args.task == "exact" and args.data.name.lower().startswith(("synth", "turk"))
     if args.out and len(args.runs) > 1 and not args.report:
         args.report = args.out / "comparison.md"
@@ -126,17 +121,15 @@ def evaluate(path, name, folder, conversations, args, **about):
     reverse, different = opened.layout.get("reverse", False), len({tuple(e.code) for e in examples})
     states = encodings.encode(opened.model, examples, args.batch_size, **opened.layout)
     sides = encodings.sides(states, reverse)
-    cosines = encodings.cosines(*sides.values(), args.seed)  # of pairs, and of shuffled pairs
-    system.figures = encodings.measure(states, cosines, different, reverse)
-    system.verdict = encodings.verdict(system.figures)
+    system.figures = encodings.measure(states, reverse, args.seed, different)
+    system.verdict = encodings.verdict(system.figures, reverse)
     title = name if opened.seed is None else f"{name}, seed {opened.seed}"
     system.spectra[title] = states
     if args.base:
         base = runs.open_model(args.base, device, args.tokenizer)
         states, reverse = encoded_before(base, opened, conversations, args)
         system.spectra[f"{args.base.name} (before)"] = states
-        cosines = encodings.cosines(*encodings.sides(states, reverse).values(), args.seed)
-        system.before = encodings.measure(states, cosines, different, reverse)
+        system.before = encodings.measure(states, reverse, args.seed, different)
     title += f" on {args.data.name}, n = {len(examples)}"
     report.write_model(system, sides, folder, title, data=str(args.data), **about)
     return system
@@ -202,26 +195,27 @@ def converse(args):
 
     device, autocast = hardware(args.device, args.dtype)
     opened = runs.open_model(args.runs[0], device, args.tokenizer)
-    system, codes = ask.system_turn(args.data or opened.data), None
     if args.data:
-        codes = ask.Codes(opened, answers.questions(args.data, args.limit)[0], args)
+        conversations = answers.questions(args.data, args.limit)[0]
+        like, codes = conversations[0].messages, ask.Codes(opened, conversations, args)
+    else:
+        like, codes = ask.trained_on(opened), None
     for question in ask.questions(args.ask):
         try:
-            conversation, example = ask.prepared(question, system, opened)
+            conversation, example = ask.prepared(question, like, opened)
             with autocast():
                 _, answer = next(written(opened, args, [conversation], [example]))
             print("\n".join([answer["output"], *(codes.nearest(example) if codes else [])]), flush=True)
+            if not answer["stopped"]:
+                print(f"(cut off: no stop token within {args.max_new_tokens} tokens)", file=sys.stderr)
         except UserError as mistake:
             if args.ask:
                 raise
             print(f"error: {mistake}", file=sys.stderr)
 
 
-# ---- the command
-
-
 def main():
-    args = check(cli.parser(__doc__, GROUPS).parse_args())
+    args = check(FLAGS.parse_args())
     if args.ask is not None:
         return converse(args)
     names = report.short_names(args.runs)

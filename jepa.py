@@ -152,7 +152,8 @@ def uniform(text, code):  # (N, C), (N, C) -> ()
     many are spread evenly."""
     if len(text) < 2:
         return cosine(text, code)  # nothing to be apart from
-    apart = [torch.pdist(F.normalize(states, dim=-1)).square() for states in (text, code)]  # (N * (N - 1) / 2,) each
+    one, other = torch.triu_indices(len(text), len(text), 1, device=text.device)  # all N * (N - 1) / 2 pairs of rows
+    apart = [2 - 2 * (unit @ unit.T)[one, other] for unit in (F.normalize(text, dim=-1), F.normalize(code, dim=-1))]
     return cosine(text, code) + sum((-2 * squares).exp().mean().log() for squares in apart) / 2
 
 
@@ -205,9 +206,7 @@ class LLMJEPA(nn.Module):
 
     def losses(self, hidden, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
         """What `forward` gives, from the states of the batch, (B, T, C)."""
-        if whole is None:
-            whole = len(batch.label), len(batch.text_at)
-        labels, pairs = whole
+        labels, pairs = whole or (len(batch.label), len(batch.text_at))
         lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / max(1, labels)
         jepa = torch.zeros_like(lm)
         if pairs:
@@ -244,9 +243,6 @@ class LLMJEPA(nn.Module):
             return of_part(states, label)
         parts = zip(states.split(at_once), label.split(at_once), strict=True)
         return torch.stack([checkpoint(of_part, *part, use_reentrant=False) for part in parts]).sum()
-
-
-# ---- python jepa.py
 
 
 def main():

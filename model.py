@@ -107,11 +107,6 @@ def make_norm(config, width=None):
     return RMSNorm(width, config.norm_eps, config.norm_plus_one)
 
 
-def make_embedding(rows, width):
-    """nn.Embedding, its weights not drawn yet: `Decoder` draws all weights of a model that starts from scratch."""
-    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
 def rope_frequencies(config, device, windowed=False):
     """Radians per position for each rotated pair of dimensions, (R/2,). RoFormer, arXiv 2104.09864, section 3.2.2."""
     theta = config.rope_theta_window if windowed and config.rope_theta_window else config.rope_theta
@@ -153,9 +148,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
         if c.qk_norm:
-            per_head = c.qk_norm == "head"
-            self.q_norm = make_norm(c, c.head_dim if per_head else c.n_head * c.head_dim)
-            self.k_norm = make_norm(c, c.head_dim if per_head else c.n_kv_head * c.head_dim)
+            heads = (1, 1) if c.qk_norm == "head" else (c.n_head, c.n_kv_head)  # that are normed as one
+            self.q_norm, self.k_norm = (make_norm(c, n * c.head_dim) for n in heads)
 
     def forward(self, x, mask, rope=None, cache=None):
         c, (B, T, _) = self.config, x.shape
@@ -203,6 +197,12 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
+def in_autocast_type(x):
+    """x in the type that autocast wants, once, instead of anew by every projection that takes it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream x (B, T, C)."""
 
@@ -218,12 +218,12 @@ class Block(nn.Module):
         self.mlp_post_norm = norm_if(config.post_norm)
 
     def forward(self, x, mask, rope=None, cache=None):
-        h = self.attn_norm(x)
+        h = in_autocast_type(self.attn_norm(x))
         attended = self.attn_post_norm(self.attn(h, mask, rope, cache))
         if self.parallel:
             return x + attended + self.mlp(h)
         x = x + attended
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return x + self.mlp_post_norm(self.mlp(in_autocast_type(self.mlp_norm(x))))
 
 
 class Decoder(nn.Module):
@@ -231,11 +231,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        c = self.config = config
         self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, more time
-        self.embed = make_embedding(config.vocab_size, config.d_model)
-        if config.position == "learned":
-            self.position_embed = make_embedding(config.block_size, config.d_model)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.d_model), freeze=False)  # drawn by _draw
+        if c.position == "learned":
+            self.position_embed = nn.Embedding.from_pretrained(torch.empty(c.block_size, c.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         if not config.tied:

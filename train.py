@@ -35,108 +35,94 @@ from support.processes import RANK, WORLD
 
 SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
 
+FLAGS = cli.parser(__doc__)
 
-def data_flags(add):
-    add("--data", type=Path, default=SYNTH / "synth_train.jsonl", help="JSONL of conversations to train on")
-    add("--val", type=Path, help="JSONL to validate on after each epoch; default for the default data: synth_val.jsonl")
-    add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what --init comes with, synth for tiny")
-    add("--too_long", choices=["refuse", "skip"], default="refuse",
-        help="rows longer than the model are refused, or skipped and reported")
-    add("--train_on", choices=["answer", "all"], default="answer",
-        help="targets: the answer and its stop token, or the whole conversation (plain text, pretraining)")
-    add("--no_stop_label", action="store_true",
-        help="never train on the stop token; with --train_on all this is what the official code really optimises")
-    add("--shuffle_pairs", action="store_true",
-        help="control: JEPA pairs each Text with another example's Code, anew each epoch. A gain that survives this "
-        "does not come from the pairing")
+add = FLAGS.add_argument_group("data").add_argument
+add("--data", type=Path, default=SYNTH / "synth_train.jsonl", help="JSONL of conversations to train on")
+add("--val", type=Path, help="JSONL to validate on after each epoch; default for the default data: synth_val.jsonl")
+add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what --init comes with, synth for tiny")
+add("--too_long", choices=["refuse", "skip"], default="refuse",
+    help="rows longer than the model are refused, or skipped and reported")
+add("--train_on", choices=["answer", "all"], default="answer",
+    help="targets: the answer and its stop token, or the whole conversation (plain text, pretraining)")
+add("--no_stop_label", action="store_true",
+    help="never train on the stop token; with --train_on all this is what the official code really optimises")
+add("--shuffle_pairs", action="store_true",
+    help="control: JEPA pairs each Text with another example's Code, anew each epoch. A gain that survives this "
+    "does not come from the pairing")
 
+add = FLAGS.add_argument_group("model").add_argument
+add("--init", default="tiny", help="tiny (from scratch), or a Hugging Face folder or repo id to start from")
+add("--n_layer", type=cli.whole(1, 10_000), default=4, help="tiny: number of blocks")
+add("--n_head", type=cli.whole(1, 10_000), default=4, help="tiny: attention heads")
+add("--d_model", type=cli.whole(1, 100_000), default=128, help="tiny: hidden width")
+add("--block_size", type=cli.whole(1), default=512, help="tiny: the longest view, in tokens")
+add("--lora_rank", type=cli.whole(0, 100_000), default=0,
+    help="train adapters of this rank on all projections; 0: train all weights")
+add("--lora_alpha", type=cli.number(above=True), help="the adapters' scale is alpha / rank; default: the rank")
+add("--lora_dropout", type=cli.number(0, 0.999), default=0.0, help="dropout in front of the adapters")
 
-def model_flags(add):
-    add("--init", default="tiny", help="tiny (from scratch), or a Hugging Face folder or repo id to start from")
-    add("--n_layer", type=cli.whole(1, 10_000), default=4, help="tiny: number of blocks")
-    add("--n_head", type=cli.whole(1, 10_000), default=4, help="tiny: attention heads")
-    add("--d_model", type=cli.whole(1, 100_000), default=128, help="tiny: hidden width")
-    add("--block_size", type=cli.whole(1), default=512, help="tiny: the longest view, in tokens")
-    add("--lora_rank", type=cli.whole(0, 100_000), default=0,
-        help="train adapters of this rank on all projections; 0: train all weights")
-    add("--lora_alpha", type=cli.number(above=True), help="the adapters' scale is alpha / rank; default: the rank")
-    add("--lora_dropout", type=cli.number(0, 0.999), default=0.0, help="dropout in front of the adapters")
+add = FLAGS.add_argument_group("method").add_argument
+add("--lam", type=cli.number(), default=1.0, help="weight of the JEPA loss; 0 is plain fine-tuning")
+add("--k", type=cli.whole(0, 10_000), default=1,
+    help="number of [PRED] tokens after Text; 0: Text's own last state predicts")
+add("--distance", choices=DISTANCES, default="cosine",
+    help="between predicted and actual encoding of Code; infonce has the rest of the forward pass as negatives")
+add("--gamma", type=cli.number(), default=1.0, help="weight of the next-token loss")
+add("--loss_dropout", type=cli.number(0, 1), default=0.0,
+    help="probability that a step has the next-token loss only and costs no more than plain fine-tuning")
+add("--layout", choices=["fused", "paper"], default="fused",
+    help="fused: all views in one row; paper: two rows, Text encoded anew without the system turn")
+add("--front_pred", action="store_true",
+    help="[PRED] before the user's content, not after it; needs --layout paper. The paper found it worse: "
+    "68.07 %% against 71.46 %% exact match (NL-RX-SYNTH, Llama-3.2-1B)")
+add("--reverse", action="store_true",
+    help="Code predicts Text: [PRED] after Code. The paper found it worse: 65.70 %% against 71.46 %%")
+add("--stop_grad", choices=["none", "text", "code"], default="none", help="view that gets no gradient from JEPA")
 
+add = FLAGS.add_argument_group("optimisation").add_argument
+add("--optimizer", choices=["adamw", "muon"],
+    help="muon (blocks' matrices; adamw for the rest) learns faster from scratch: default for tiny, else adamw")
+add("--epochs", type=cli.whole(1), default=4, help="passes over the data")
+add("--max_steps", type=cli.whole(1), help="at most this many optimizer steps; the schedule ends there, too")
+add("--batch_size", type=cli.whole(1),
+    help="examples per forward pass, of all processes together; default 32 for tiny, 4 otherwise")
+add("--grad_accum", type=cli.whole(1), default=1,
+    help="forward passes per optimizer step, averaged exactly (but for distances that compare examples)")
+add("--lr", type=cli.number(), help="peak learning rate; default 3e-3 for tiny (2e-3 with adamw), 2e-5 otherwise")
+add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the rate after warm-up")
+add("--warmup", type=cli.number(0, 1), default=0.03,
+    help="fraction of all steps in which the learning rate rises to its peak")
+add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
+add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient; not of muon's steps")
+add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
+    help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
 
-def method_flags(add):
-    add("--lam", type=cli.number(), default=1.0, help="weight of the JEPA loss; 0 is plain fine-tuning")
-    add("--k", type=cli.whole(0, 10_000), default=1,
-        help="number of [PRED] tokens after Text; 0: Text's own last state predicts")
-    add("--distance", choices=sorted(DISTANCES), default="cosine",
-        help="between predicted and actual encoding of Code; infonce has the rest of the forward pass as negatives")
-    add("--gamma", type=cli.number(), default=1.0, help="weight of the next-token loss")
-    add("--loss_dropout", type=cli.number(0, 1), default=0.0,
-        help="probability that a step has the next-token loss only and costs no more than plain fine-tuning")
-    add("--layout", choices=["fused", "paper"], default="fused",
-        help="fused: all views in one row; paper: two rows, Text encoded anew without the system turn")
-    add("--front_pred", action="store_true",
-        help="[PRED] before the user's content, not after it; needs --layout paper. The paper found it worse: "
-        "68.07 %% against 71.46 %% exact match (NL-RX-SYNTH, Llama-3.2-1B)")
-    add("--reverse", action="store_true",
-        help="Code predicts Text: [PRED] after Code. The paper found it worse: 65.70 %% against 71.46 %%")
-    add("--stop_grad", choices=["none", "text", "code"], default="none", help="view that gets no gradient from JEPA")
+add = FLAGS.add_argument_group("hardware").add_argument
+add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
+add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+    help="bfloat16 is autocast over fp32 weights, where the hardware is fast at it; auto uses it on GPUs only")
+add("--compile", action="store_true", help="torch.compile the blocks")
+add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass, to save memory")
+add("--shard", action="store_true", help="under torchrun: each process holds a part of every weight (FSDP2)")
 
-
-def optimisation_flags(add):
-    add("--optimizer", choices=["adamw", "muon"],
-        help="muon (blocks' matrices; adamw for the rest) learns faster from scratch: default for tiny, else adamw")
-    add("--epochs", type=cli.whole(1), default=4, help="passes over the data")
-    add("--max_steps", type=cli.whole(1), help="at most this many optimizer steps; the schedule ends there, too")
-    add("--batch_size", type=cli.whole(1),
-        help="examples per forward pass, of all processes together; default 32 for tiny, 4 otherwise")
-    add("--grad_accum", type=cli.whole(1), default=1,
-        help="forward passes per optimizer step, averaged exactly (but for distances that compare examples)")
-    add("--lr", type=cli.number(), help="peak learning rate; default 3e-3 for tiny (2e-3 with adamw), 2e-5 otherwise")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the rate after warm-up")
-    add("--warmup", type=cli.number(0, 1), default=0.03,
-        help="fraction of all steps in which the learning rate rises to its peak")
-    add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
-    add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient; not of muon's steps")
-    add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
-        help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
-
-
-def hardware_flags(add):
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="bfloat16 is autocast over fp32 weights, where the hardware is fast at it; auto uses it on GPUs only")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass, to save memory")
-    add("--shard", action="store_true", help="under torchrun: each process holds a part of every weight (FSDP2)")
-
-
-def run_flags(add):
-    add("--log_every", type=cli.whole(1), default=10, help="steps between lines of log.jsonl")
-    add("--save_minutes", type=cli.number(), default=10.0, help="minutes between checkpoints within an epoch")
-    add("--out", type=Path, help="run folder, new or empty; default runs/lam..-k..-seed.., numbered if taken")
-    add("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings in its config.json")
-
-
-GROUPS = {"data": data_flags, "model": model_flags, "method": method_flags, "optimisation": optimisation_flags,
-          "hardware": hardware_flags, "run": run_flags}
-
-
-def flags():
-    """The command line's parser."""
-    return cli.parser(__doc__, GROUPS)
+add = FLAGS.add_argument_group("run").add_argument
+add("--log_every", type=cli.whole(1), default=10, help="steps between lines of log.jsonl")
+add("--save_minutes", type=cli.number(), default=10.0, help="minutes between checkpoints within an epoch")
+add("--out", type=Path, help="run folder, new or empty; default runs/lam..-k..-seed.., numbered if taken")
+add("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings in its config.json")
 
 
 def arguments():
     """The settings: of the command line, or of the run that is to be resumed."""
-    p = flags()
-    args = p.parse_args()
+    args = FLAGS.parse_args()
     if args.resume is None:
         return check(args)
-    others = [name for name, value in vars(args).items() if name != "resume" and value != p.get_default(name)]
+    others = [name for name, value in vars(args).items() if name != "resume" and value != FLAGS.get_default(name)]
     if others:
         raise UserError(f"--resume takes every setting from the run's config.json; leave out --{others[0]}")
     try:
-        kept = check(p.parse_args(runs.flags(args.resume)))
+        kept = check(FLAGS.parse_args(runs.flags(args.resume)))
     except UserError as mistake:
         where = f"{args.resume / 'config.json'}: "
         raise UserError(where + str(mistake).removeprefix(where)) from None
@@ -168,6 +154,9 @@ def check(args):
     ):
         if wrong:
             raise UserError(message)
+    for path in filter(None, (args.data, args.val)):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file that --resume could read again; give a JSONL file")
     if args.val is None and args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve():
         args.val = SYNTH / "synth_val.jsonl"
     return args
@@ -234,7 +223,8 @@ def take_step(run, examples):
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     norm = norm.full_tensor() if args.shard else norm  # a sharded tensor knows only its process's part
     optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW and Muon look at it
-    optimizer.step()
+    if run.device.type != "mps" or norm.isfinite():  # torch's AdamW for MPS does not
+        optimizer.step()
     optimizer.zero_grad()
     run.failures = optimizer.found_inf * (run.failures + 1)
     run.skipped += optimizer.found_inf
@@ -260,19 +250,14 @@ def make_optimizer(model, args):
     norms, biases or the [PRED] vectors."""
     in_blocks, matrices, others = [], [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.dim() < 2 or name == "pred":
-            others.append(p)
-        elif args.optimizer == "muon" and ".blocks." in name:
-            in_blocks.append(p)
-        else:
-            matrices.append(p)
+        by_muon = args.optimizer == "muon" and ".blocks." in name
+        kind = others if p.dim() < 2 or name == "pred" else in_blocks if by_muon else matrices
+        if p.requires_grad:
+            kind.append(p)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    how = {"lr": args.lr, "betas": (0.9, 0.95), "fused": True}
-    if not in_blocks:
-        return torch.optim.AdamW(groups, **how)
-    return Muon([*groups, {"params": in_blocks, "weight_decay": args.weight_decay, "muon": True}], **how)
+    if in_blocks:
+        groups.append({"params": in_blocks, "weight_decay": args.weight_decay, "muon": True})
+    return Muon(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)  # which is AdamW for groups without "muon"
 
 
 # ---- around the steps
@@ -297,7 +282,10 @@ def fit(run):
         epoch, first = divmod(run.step, per_epoch)
         # the steps left in this epoch (fewer after a resume), up to the last step of the run
         steps = data.order(lengths, size, args.seed, epoch)[first : first + run.total - run.step]
-        examples = paired_anew(run.examples, args.seed, epoch) if args.shuffle_pairs else run.examples
+        examples = run.examples
+        if args.shuffle_pairs:  # each with another one's Code
+            partners = data.derangement(len(examples), args.seed, epoch)
+            examples = [replace(e, code=examples[i].code) for e, i in zip(examples, partners, strict=True)]
         bar = tqdm(steps, f"epoch {epoch + 1}/{args.epochs}", unit="step", leave=False, disable=RANK > 0,
                    mininterval=0.2 if sys.stderr.isatty() else 30)
         began, tokens = time.perf_counter(), 0  # of the steps since the last logged one
@@ -323,12 +311,6 @@ def fit(run):
     return True
 
 
-def paired_anew(examples, seed, epoch):
-    """The examples, each with another one's Code."""
-    partners = data.derangement(len(examples), seed, epoch)
-    return [replace(e, code=examples[i].code) for e, i in zip(examples, partners, strict=True)]
-
-
 def stop_if_failing(run, members):
     """Raise `Stopped` if this step and the two before it, or more, had a gradient that is not finite."""
     if run.failures < 3:
@@ -348,7 +330,8 @@ def log_step(run, bar, epoch, taken, tokens, began):
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
                  lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
                  **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
-    bar.set_postfix_str(f"lm {lm:.3f}, jepa {jepa:.3f}, {speed} tokens/s", refresh=False)
+    shown = f"{jepa:.3f}" if taken["jepa"] else "-"
+    bar.set_postfix_str(f"lm {lm:.3f}, jepa {shown}, {speed} tokens/s", refresh=False)
 
 
 def save(run):
@@ -371,7 +354,7 @@ def validate_if_due(run, per_epoch):
         # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
         gpus = [run.device] if run.device.type == "cuda" else []
         with processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus):
-            scores = validate(run)
+            scores = processes.all_of_them(validate(run))[0]  # which may differ in a last bit, and decide what is saved
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
     if not run.validation or all(quality(scores) > quality(line) for line in run.validations):
@@ -467,6 +450,8 @@ def main():
         total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
         print(f"{args.out}: {total:,} parameters ({trained:,} trained), {len(run.examples):,} rows, on "
               f"{run.device}, from step {run.step}", flush=True)
+        if args.lam > 0 and not run.validation:
+            print("there is no --val, so nothing will show whether a small JEPA loss is collapse", flush=True)
 
     done = fit(run)
     del held  # another process may have the run now

@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -145,9 +146,8 @@ def make_pool(seed, passes=PASSES, limit=POOL):
             if tree is None:
                 continue
             key = str(tree)
-            if ("And3" in key or "Or3" in key) and rng.random() < 0.5:  # the published data has half as many
-                continue
-            if key in seen:
+            # of And3 and Or3 the published data has half as many
+            if (("And3" in key or "Or3" in key) and rng.random() < 0.5) or key in seen:
                 continue
             seen.add(key)
             text = sentence(tree)
@@ -211,11 +211,7 @@ def lengths(label, texts):
 
 def nesting(text):
     """How deep the parentheses of a regex are nested."""
-    depth = deepest = 0
-    for symbol in text:
-        depth += (symbol == "(") - (symbol == ")")
-        deepest = max(deepest, depth)
-    return deepest
+    return max(accumulate(((symbol == "(") - (symbol == ")") for symbol in text), initial=0))
 
 
 def figures(pairs):
@@ -246,9 +242,6 @@ def show_figures(pairs):
         where = "regex" if name == "Not" else "sentence"
         label = f"{name:<12} {PHRASES[name]!r} in the {where}" if name in PHRASES else name
         print(f"{label:58}{found.get(name, 0):>8,}{PUBLISHED.get(name, 0):>11,}")
-
-
-# ---- command line
 
 
 def main():

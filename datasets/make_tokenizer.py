@@ -10,6 +10,8 @@ import base64
 import sys
 from pathlib import Path
 
+from tiktoken._educational import bpe_train
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -26,9 +28,6 @@ def main():
     args = parser.parse_args()
     if args.out.exists() and args.data.exists() and args.out.samefile(args.data):
         raise cli.UserError(f"--out {args.out}: is --data as well, which would be lost; choose another name")
-
-    from tiktoken._educational import bpe_train
-
     rows = [conversation.messages for conversation in data.read(args.data)[: args.rows]]
     text = "\n".join(message["content"] for messages in rows for message in messages)
     size = 512 - len(data.SYNTH_SPECIALS)

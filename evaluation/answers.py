@@ -1,9 +1,5 @@
 """Answers in files. In: whatever makes answers. Out: [{"row": line of the data file, "output": str, ...}, ...].
 
-    kept(...)       a model's answers, made and kept: an interrupted evaluation goes on, a finished one is not repeated
-    given(...)      another system's answers, or those of an earlier predictions.jsonl
-    likeliest(...)  answers to questions of choice, which a model need not write down
-
 Of an answer's other keys two mean something: "stopped" (did the model end it?) and "ending_letter" (see `likeliest`).
 """
 
@@ -17,8 +13,7 @@ from tqdm import tqdm
 
 import data
 from evaluation import generate
-from support import cli
-from support.cli import UserError
+from support.cli import UserError, write
 
 KEYS = {"output": str, "stopped": bool, "ending_letter": str}
 
@@ -61,7 +56,7 @@ def kept(folder, header, conversations, examples, make):
     if len(todo) < len(numbers):
         print(f"{len(numbers) - len(todo)} of {len(numbers)} answers are already in {path}")
     # What is there is written anew: the last line may be half a line.
-    cli.write(path, "".join(json.dumps(line) + "\n" for line in [header, *found.values()]))
+    write(path, "".join(json.dumps(line) + "\n" for line in [header, *found.values()]))
     with open(path, "a", encoding="utf-8") as file:
         made = make([conversations[i] for i in todo], [examples[i] for i in todo])
         for at, answer in progress(made, "answers", total=len(numbers), initial=len(numbers) - len(todo)):
@@ -151,19 +146,17 @@ def given(path, conversations):
 def objects(path):
     """The objects of a JSONL file of outputs: at least one, each with a string "output"."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028 as it is
+        text = path.read_bytes().decode("utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as failure:
         raise UserError(f"{path}: cannot be read ({failure}); give a JSONL file of outputs") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
+    if not text:
+        raise UserError(f'{path}: is empty; give {{"output": "..."}}, one line for each row of --data')
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a string may hold U+2028 as it is
         made = None
         with contextlib.suppress(ValueError, RecursionError):
             made = json.loads(line)
         if not isinstance(made, dict) or not isinstance(made.get("output"), str):
             raise UserError(f'{path}:{number}: must be {{"output": "..."}}, one line for each row of --data')
         found.append(made)
-    if not found:
-        raise UserError(f'{path}: is empty; give {{"output": "..."}}, one line for each row of --data')
     return found

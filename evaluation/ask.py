@@ -30,22 +30,28 @@ def questions(question):
                 yield typed
 
 
-def system_turn(path):
-    """[the system turn of a file's first row]; [] where there is none, or no such file."""
+def trained_on(opened):
+    """The turns of the first row that a run was trained on; none if the file is gone, or for a Hugging Face folder."""
     try:
-        first = next(rows.read(path))["messages"][0]
-    except (TypeError, UserError):  # TypeError: a Hugging Face folder does not say what it was trained on
+        return next(rows.read(opened.data))["messages"] if opened.data else []
+    except UserError as mistake:
+        print(f"{mistake} (questions are put without the system turn of the training data)", file=sys.stderr)
         return []
-    return [first] if first["role"] == "system" else []
 
 
-def prepared(question, system, opened):
-    """(conversation, `data.Example`) of a question. Raises UserError if it is no text or the model has no room."""
+def prepared(question, like, opened):
+    """(conversation, `data.Example`) of a question, with the system turn, if any, of the turns of another conversation.
+
+    Raises UserError if the question is no text or the model has no room.
+    """
+    if not question.strip():
+        raise UserError("the question is blank")
     try:
         question.encode()
     except UnicodeEncodeError:
         raise UserError("the question is not UTF-8") from None
     answer = {"role": "assistant", "content": "?"}  # there must be one, whichever: what comes before does not see it
+    system = [turn for turn in like[:1] if turn["role"] == "system"]
     asked = data.Conversation([*system, {"role": "user", "content": question}, answer], "the question:1")
     room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
     (conversation,), (example,) = data.examples_of([asked], opened.tokenizer, room, k)

@@ -13,6 +13,7 @@ import torch
 
 import data
 from jepa import pick
+from support.cli import UserError
 
 
 @torch.inference_mode()
@@ -39,7 +40,10 @@ def encode(model, examples, batch_size, layout="fused", front_pred=False, revers
             text = pick(hidden, plain.text_at).float()
         for name, states in (("text", text), ("pred", pred), ("code", code)):
             found[name] |= dict(zip(chosen, states.cpu().double().numpy(), strict=True))
-    return {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}
+    found = {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}
+    if not all(np.isfinite(states).all() for states in found.values()):
+        raise UserError("the model's encodings are not finite; evaluate another checkpoint")
+    return found
 
 
 def sides(encodings, reverse=False):
@@ -58,10 +62,7 @@ def unit(x):  # (n, C) -> (n, C)
 
 def cosines(text, code, seed=0):  # (n, C), (n, C): arrays or tensors
     """Mean cosines, {"pairs", "shuffled", "codes"}: of true pairs, of each Text with another row's Code, and between
-    the Codes of different rows. Of a single row the latter two are not a number.
-
-    A small JEPA loss says that "pairs" is near 1. It says something about the model only where "shuffled" is not.
-    """
+    the Codes of different rows. Of a single row the latter two are not a number."""
     text, code = (unit(torch.as_tensor(x).detach().cpu().double().numpy()) for x in (text, code))
     several = len(text) > 1
     return {
@@ -128,10 +129,10 @@ def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out 
     return float(residual(best, part == 4) / spread) if spread > negligible else 1.0, absolute
 
 
-def measure(encodings, cosines, different_codes=None, reverse=False):
-    """All figures of what `encode` and `cosines` made of n >= 4 examples. different_codes: how many Codes differ."""
+def measure(encodings, reverse=False, seed=0, different_codes=None):
+    """All figures of what `encode` made of n >= 4 examples. different_codes: how many Codes differ."""
     text, code = sides(encodings, reverse).values()
-    pairs, shuffled = cosines["pairs"], cosines["shuffled"]
+    pairs, shuffled, _ = cosines(text, code, seed).values()
     figures = {"cosine_aligned": pairs, "cosine_shuffled": shuffled, "cosine_gap": pairs - shuffled}
     for name, (query, key) in {"text_to_code": (text, code), "code_to_text": (code, text)}.items():
         rank = ranks(query, key)
@@ -148,14 +149,17 @@ def measure(encodings, cosines, different_codes=None, reverse=False):
     return {"n": len(text), "different_codes": different_codes or len(text)} | rounded
 
 
-def verdict(figures):
-    """One sentence: have the encodings collapsed?
+def verdict(figures, reverse=False):
+    """One sentence: have the encodings that the JEPA loss compares collapsed?
 
     Pretrained decoders' states lie in a cone (a mean cosine of 0.94 between different Codes, for one of 135M
     parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction.
     """
-    names = {"pred": "the predictions", "code": "Enc(Code)"} if figures["different_codes"] >= 10 else {
-        "pred": "the predictions"}
+    names = {"pred": "the predictions"}
+    if reverse:
+        names["text"] = "Enc(Text)"
+    elif figures["different_codes"] >= 10:
+        names["code"] = "Enc(Code)"
     worst = max(names, key=lambda name: figures[f"mean_pairwise_cosine_{name}"])
     pairwise, rank = figures[f"mean_pairwise_cosine_{worst}"], min(figures[f"effective_rank_{name}"] for name in names)
     numbers = f"mean cosine between different rows of {names[worst]} {pairwise:.3f}, smallest effective rank {rank:.1f}"

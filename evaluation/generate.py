@@ -1,11 +1,8 @@
 """Batched decoding with a key/value cache. In: a decoder and prompts (lists of ids). Out: answers (likewise).
 
-    in_batches(decoder, prompts, ...)           greedy decoding, or with choose=sampler(...)
-    log_likelihoods(decoder, prompts, choices)  nothing is written: how likely is each of the given answers?
-
-First the prompts are taken in (`prefill`). What all of them begin with, a system turn say, is computed once, the rest of
-all prompts in one forward pass. Shorter ones are padded in front, so that the next token of every row lands in the same
-new column:
+First the prompts are taken in (`prefill`). What all of them begin with, a system turn say, is computed once, then the
+rest of each, in one forward pass. Shorter ones are padded in front, so that the next token of every row lands in the
+same new column:
 
     what all begin with | . . . a short prompt | answer        dots: padding; `own` is False there, and no token of the
     what all begin with | a longer prompt      | answer        row attends to it
@@ -86,7 +83,7 @@ def sampler(temperature, top_p, seed, names):
         share = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
         if top_p < 1:  # a token is kept if the likelier ones do not make up top_p without it
             ordered, order = share.sort(dim=-1, descending=True)
-            ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0
+            ordered[ordered.cumsum(dim=-1) - ordered >= max(top_p, 1e-30)] = 0
             share = torch.zeros_like(share).scatter(-1, order, ordered)
         heap = share.cumsum(dim=-1)  # (B, V); in the order of ids: sorting nearly equal shares would depend on rounding
         draw = [1 - np.random.default_rng([seed, names[row], step]).random() for row in rows]  # in (0, 1]

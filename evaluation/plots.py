@@ -5,29 +5,23 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.encodings import unit
-from hf import runs
 from support.cli import writing
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def panels(*size, **options):
-    """(figure, axes) to draw on."""
-    import matplotlib
+def panels(*size, sharey=False, **options):
+    """(figure, axes) to draw on. Without pyplot: for files only, with or without a screen; nothing has to be closed."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # files only: works without a screen
-    from matplotlib import pyplot
-
-    return pyplot.subplots(*size, **options)
+    figure = Figure(**options)
+    return figure, figure.subplots(*size, sharey=sharey)
 
 
 def save(figure, path):
     """Write a figure, whole or not at all."""
-    from matplotlib import pyplot
-
     with writing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight", metadata={"Software": "nano-llm-jepa"})
-    pyplot.close(figure)
 
 
 def legible(name, most=50):
@@ -38,9 +32,8 @@ def legible(name, most=50):
     return name.replace("$", r"\$")
 
 
-def training_of(run):
-    """What a run was trained on, for legends: model, data file, rows, seed."""
-    config = runs.settings(run)
+def training_of(config):
+    """What a run was trained on, for legends: model, data file, rows, seed, from its config.json."""
     arguments = config["arguments"]
     rows = f", n = {config['rows']:,}" if isinstance(config.get("rows"), int) else ""
     return legible(f"{Path(arguments['init']).name}, {Path(arguments['data']).name}{rows}, "
@@ -56,10 +49,9 @@ PANELS = {  # title: {key in log.jsonl: (how it is drawn, name in the panel's ow
 
 
 def curves(folders, path):
-    """What became of runs while they were trained, a panel for each of PANELS. folders: a list, or {name: folder}.
+    """What became of runs while they were trained, a panel for each of PANELS. folders: a list, or {name: folder}."""
+    from hf import runs  # and with it models, which `eval.py --predictions` does without
 
-    A small JEPA loss is a success only while the cosine of shuffled pairs stays away from that of true pairs.
-    """
     named = folders if isinstance(folders, dict) else {Path(folder).name: folder for folder in folders}
     logs = [runs.read_log(folder) for folder in named.values()]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(logs))]
@@ -77,7 +69,7 @@ def curves(folders, path):
     for axis in axes[:2]:
         if np.isfinite(axis.dataLim.ymin) and axis.dataLim.ymin > 0:
             axis.set_yscale("log")
-    labels = [f"{legible(name)} ({training_of(folder)})" for name, folder in named.items()]
+    labels = [f"{legible(name)} ({training_of(runs.settings(folder))})" for name, folder in named.items()]
     lines = [axes[0].plot([], "-o", color=colour, markersize=4)[0] for colour in colours]
     figure.legend(lines, labels, loc="outside lower center", ncols=1)
     save(figure, path)

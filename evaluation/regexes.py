@@ -13,6 +13,7 @@ import ast
 import functools
 import math
 import re
+import warnings
 
 TOKEN = re.compile(r"\(\) | \[\^?(?:\\.|[^]\\])+] | \{[0-9]+(?:,[0-9]*)?} | \\. | [.*+?~&|()] | [^][{}\\\"#@<>]",
                    re.VERBOSE | re.DOTALL)
@@ -138,7 +139,8 @@ def character_class(token):
     """The token as `re` understands it: there \\d would be a digit, ^ a place; here they are the letters d and ^."""
     if token in ("^", "$"):
         return re.compile(re.escape(token))
-    return re.compile(re.sub(r"\\(.)", lambda found: re.escape(found[1]), token, flags=re.DOTALL), re.DOTALL)
+    with warnings.catch_warnings(action="ignore"):  # that "--", "[" and such in a class may get another meaning
+        return re.compile(re.sub(r"\\(.)", lambda found: re.escape(found[1]), token, flags=re.DOTALL), re.DOTALL)
 
 
 def stands_for(token, character):

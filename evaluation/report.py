@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from evaluation import statistics
+from evaluation import plots, statistics
 from evaluation.tasks import REASONS
-from support import cli
-from support.cli import UserError
+from support.cli import UserError, write, write_json
 
 LABELS = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
 RATES, FIGURES = LABELS["rates"], LABELS["figures"]  # {name in metrics.json: what tables call it}, in their order
@@ -161,11 +160,9 @@ def pictures_of(path):
 
 def write_model(system, sides, folder, title, task, **about):
     """Leave what was found about a model in a folder. sides: see encodings.py. about: more for metrics.json."""
-    from evaluation import plots  # and with it models, which --predictions does without
-
     metrics_file, rows_file, tsne, spectrum = files_of(folder)
-    cli.write(rows_file, "".join(json.dumps(row) + "\n" for row in system.rows))
-    cli.write_json(metrics_file, metrics(system, task, **about))
+    write(rows_file, "".join(json.dumps(row) + "\n" for row in system.rows))
+    write_json(metrics_file, metrics(system, task, **about))
     pairs, shuffled = system.figures["cosine_aligned"], system.figures["cosine_shuffled"]
     cosines = f"cosine of pairs {pairs:.3f}, of shuffled pairs {shuffled:.3f}"  # t-SNE would not show a collapse
     plots.tsne(sides, f"{title}\n{cosines}", tsne)
@@ -174,8 +171,6 @@ def write_model(system, sides, folder, title, task, **about):
 
 def write_comparison(systems, folders, args):
     """Write the table as Markdown, with the spectra and curves of all models overlaid, and each one's t-SNE."""
-    from evaluation import plots
-
     names, pictures = [system.name for system in systems], pictures_of(args.report)
     title = f"{args.data.name}, n = {len(systems[0].rows)}, task {args.task}"
     plots.spectrum({name: x for system in systems for name, x in system.spectra.items()}, title, pictures["spectrum"])
@@ -191,7 +186,7 @@ def write_comparison(systems, folders, args):
     for name, picture in pictures.items():
         address = os.fsencode(Path(os.path.relpath(picture, args.report.parent)).as_posix())
         lines.append(f"![{name}](<{quote(address, safe=b' /')}>)")
-    cli.write(args.report, "\n".join(lines) + "\n")
+    write(args.report, "\n".join(lines) + "\n")
     print(f"{args.report} is written")
 
 

@@ -11,6 +11,7 @@ formula in `step_flops`, which the tests hold to torch's own counter. Peak memor
 import os
 import platform
 import re
+import resource
 import shlex
 import sys
 import time
@@ -140,8 +141,6 @@ def peak_memory():
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1)) / 2**10
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

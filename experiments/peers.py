@@ -133,10 +133,9 @@ def generate_theirs(model, stop, args, prompts):
 
 def make_forms(args, name):
     """The forms among which `name` is, their model freshly opened."""
-    model, examples, *_ = bench.open_model(args)
     if not name.startswith("HF"):
-        return bench.our_forms(model, examples, args)
-    del model
+        return bench.make_forms(args, name)
+    examples = bench.open_model(args)[1]
     return their_forms(open_theirs(args), examples, args)
 
 

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 import numpy as np
 import scipy
 
+from evaluation import plots
 from evaluation.report import markdown
 from evaluation.tasks import REASONS
 from experiments import bench
@@ -149,8 +150,6 @@ def conditions(name, found):
 
 def draw_grid(name, path):
     """Exact match against retrieval@1: a point for each arm, a small one for each seed."""
-    from evaluation import plots
-
     figure, axis = plots.panels(figsize=(9, 5.5), layout="constrained")
     arms = {arm: cells for arm, cells in read_grid(name).items() if cells}
     for number, (arm, cells) in enumerate(arms.items()):

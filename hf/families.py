@@ -48,13 +48,6 @@ class Fields:
             self.refuse(f"{name} = {shown(value)} should be {kind.__name__}{a_number}")
         return value
 
-    def choose(self, name, known):
-        """Take a field that must be one of the keys of `known`; what stands there."""
-        value = self.take(name, str)
-        if value not in known:
-            self.refuse(f"{name} {shown(value)} is not supported; these are: {', '.join(known)}")
-        return known[value]
-
     def done(self, kind="model"):
         """Refuse what is left, unless it is harmless or switched off."""
         for name, value in self.values.items():
@@ -78,8 +71,10 @@ def parse(values, path):
     made, absent = dict(FIXED[family]), ABSENT["common"] | ABSENT.get(family, {})
     for theirs, ours in fields_of(family).items():
         if ours == "activation":
-            older = {"gelu": "gelu_tanh"} if family == "gemma" else {}  # what Gemma's first release meant
-            made[ours] = f.choose(theirs, ACTIVATIONS | older)
+            known = ACTIVATIONS | ({"gelu": "gelu_tanh"} if family == "gemma" else {})  # of Gemma's first release
+            if (name := f.take(theirs, str)) not in known:
+                f.refuse(f"{theirs} {shown(name)} is not supported; these are: {', '.join(known)}")
+            made[ours] = known[name]
         else:
             default = {"null": None, "needed": NEEDED}.get(value := absent.get(theirs, "needed"), value)
             made[ours] = f.take(theirs, KINDS[ours][0], default, null=len(KINDS[ours]) > 1)

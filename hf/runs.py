@@ -35,7 +35,6 @@ import data
 import hf
 from hf import lora, weights
 from jepa import LLMJEPA
-from model import Decoder
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
 
@@ -122,9 +121,8 @@ def settings(run):
         raise UserError(f"{run}: no run here (no config.json); give a folder that train.py made")
     config = read_json(path)
     arguments, sums = config.get("arguments"), config.get("sha256")
-    strings = ("init", "tokenizer", "data", "layout")
     if not isinstance(arguments, dict) or not isinstance(sums, dict) or not all(
-            isinstance(arguments.get(name), str) for name in strings):
+            isinstance(arguments.get(name), str) for name in ("init", "tokenizer", "data", "layout")):
         raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made")
     return config
 
@@ -156,19 +154,16 @@ def log(run, **line):
 
 def read_log(run):
     """The objects of a run's log; none if there is no log yet. Damaged lines (a power cut) are left out."""
-    path, found, damaged = Path(run) / "log.jsonl", [], 0
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    for text in filter(None, lines):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
-        else:
-            damaged += 1
-    if damaged:
-        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
+    path, found = Path(run) / "log.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = list(filter(None, text.split("\n")))
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                found.append(entry)
+    if len(found) < len(lines):
+        print(f"{path}: {len(lines) - len(found)} damaged lines are left out", file=sys.stderr)
     return found
 
 
@@ -189,17 +184,14 @@ def save_model(model, folder, source=None, training=None):
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    adapted = bool(lora.adapted_layers(model.decoder))
+    decoder, adapted = model.decoder, bool(lora.adapted_layers(model.decoder))
     try:
-        if adapted and training is not None:
-            lora.save(model.decoder, new, source)
-        else:
-            decoder = model.decoder
-            if adapted:
-                on_cpu = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in decoder.parameters()}
-                decoder = copy.deepcopy(decoder, on_cpu)  # a GPU may have no room for another
-                lora.merge(decoder)
-            weights.save(decoder, new, source)
+        if adapted and training is None:
+            on_cpu = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in decoder.parameters()}
+            decoder = copy.deepcopy(decoder, on_cpu)  # a GPU may have no room for another
+            lora.merge(decoder)
+        save = lora.save if adapted and training is not None else weights.save
+        save(decoder, new, source)
         save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
         if training is not None:
             torch.save(training, new / "training.pt")
@@ -234,8 +226,7 @@ def save_best(model, args, source):
     if args.shard:
         state = processes.whole_weights(model)
         if processes.RANK == 0:
-            with torch.device("meta"):
-                model = LLMJEPA(Decoder(model.decoder.config), len(model.pred))
+            model = LLMJEPA(weights.without_values(model.decoder.config), len(model.pred))
             model.load_state_dict(state, assign=True)
     if processes.RANK == 0:
         save_model(model, args.out / "best", source)
@@ -261,7 +252,10 @@ def load_checkpoint(model, optimizer, args):
             if [moments[i]["exp_avg"].shape for i in range(len(moments))] != wanted:
                 raise UserError(f"{path}: is of a model of another shape than {folder}; this run cannot go on")
             optimizer.load_state_dict(state["optimizer"])
-        set_random_state(random[processes.RANK % len(random)])
+        cpu, *gpus = random[processes.RANK % len(random)]
+        torch.set_rng_state(cpu)
+        if torch.cuda.is_available() and len(gpus) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(gpus)
         assert isinstance(step, int) and step >= 0
     except UserError:
         raise
@@ -289,34 +283,23 @@ def standing(run, *names):
 
 def load_model(folder, lora_dropout=0.0):
     """The `LLMJEPA` that save_model wrote; a Hugging Face folder without [PRED] vectors has k = 0."""
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        decoder = weights.load(weights.fetch(lora.base_of(folder)))
+    adapted, path = Path(folder, "adapter_config.json").exists(), Path(folder, "pred.safetensors")
+    decoder = weights.load(weights.fetch(lora.base_of(folder)) if adapted else folder)
+    if adapted:
         lora.load(decoder, folder, lora_dropout)
-    else:
-        decoder = weights.load(folder)
-    path = folder / "pred.safetensors"
-    if not path.exists():
-        return LLMJEPA(decoder, 0)
-    pred = weights.read_tensors(path).get("pred", torch.zeros(0))
-    if pred.dim() != 2 or pred.shape[1] != decoder.config.d_model:
-        raise UserError(f"{path}: pred has shape {list(pred.shape)}, the decoder wants [k, {decoder.config.d_model}]; "
-                        "the two files are not of one run")
-    model = LLMJEPA(decoder, len(pred))
-    with torch.no_grad():
-        model.pred.copy_(pred)
+    model = LLMJEPA(decoder, 0)
+    if path.exists():
+        pred = weights.read_tensors(path).get("pred", torch.zeros(0))
+        if pred.dim() != 2 or pred.shape[1] != decoder.config.d_model:
+            raise UserError(f"{path}: pred has shape {list(pred.shape)}, the decoder wants [k, "
+                            f"{decoder.config.d_model}]; the two files are not of one run")
+        model.pred = nn.Parameter(pred.float().clone())
     return model
 
 
 def random_state():
     """The state of torch's random generators of this process: one of the CPU, one for each GPU."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_state(state):
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available() and len(state) == 1 + torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state[1:])
 
 
 def cut_log(run, step):
@@ -347,15 +330,19 @@ def is_run(path):
 
 
 def open_model(path, device, tokenizer=None):
-    """The `Opened` model of a run folder (its best checkpoint if it has one, else its last) or a Hugging Face folder.
+    """The `Opened` model of a run folder (its best checkpoint if it has one, else its last), of such a checkpoint, or
+    of a Hugging Face folder.
 
     tokenizer: the name of another one than the model's own.
     """
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
-    if is_run(path):
-        arguments = settings(path)["arguments"]
+    within = folder.resolve().parent  # of a run's best/
+    run = folder if is_run(path) else within if (within / "config.json").exists() and is_run(within) else None
+    if run:
+        arguments = settings(run)["arguments"]
         kinds = ["best"] if arguments.get("shard") else ["best", "checkpoint"]  # a part of a model cannot be opened
-        folder, seed, trained_on = standing(path, *kinds), arguments.get("seed"), arguments["data"]
+        folder = standing(run, *kinds) if run == folder else folder
+        seed, trained_on = arguments.get("seed"), arguments["data"]
         if folder is None:
             raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
         own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()

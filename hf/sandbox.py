@@ -8,6 +8,7 @@ limits, and its question then raises UserError.
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -77,8 +78,6 @@ def serve(make):
 
 def limit(size):
     """Limit what this process may use from here on, in proportion to the bytes that it is given to work on."""
-    import resource  # Unix only
-
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     data = MEMORY + 4 * size if hard == resource.RLIM_INFINITY else min(MEMORY + 4 * size, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (data, hard))

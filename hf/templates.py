@@ -58,9 +58,10 @@ def functions(folder):
     """{name: function}: what the process that trains may ask for."""
     folder, plain = Path(folder), None
     settings, special = read_settings(folder)
-    public, private, names = read_tokenizer(folder / "tokenizer.json")
     template = read_template(folder, settings)
+    public, private, names = read_tokenizer(folder / "tokenizer.json", template or "")
     encode, inside = partial(private.encode, add_special_tokens=False), partial(encode_inside, private)
+    printed = "".join([template or "", special.get("bos_token", ""), special.get("eos_token", "")])
     if template is None:
         chat, stop = None, special.get("eos_token")
         if stop is None:  # as in GPT-2's own folder
@@ -77,13 +78,17 @@ def functions(folder):
         control = re.compile("|".join(longest_first) or "(?!)")
         hide = partial(control.sub, lambda found: names[found[0]])
         chat = partial(cut, encode, hide, {public.token_to_id(token) for token in names}, parts)
-        behind = parts([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[-1][0]
-        stop = next(iter(control.findall(behind)), None)
+        frame = [text for text, _ in parts([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])]
+        stop = next(iter(control.findall(frame[-1])), None)
+        if any(token not in printed for token in control.findall("".join(frame))):
+            printed = "".join(names)  # it puts names together: "<|" + role + "|>"
     if stop not in names:
         raise UserError(f"{folder}: nothing ends an answer: " + (
             "neither tokenizer_config.json nor config.json names an eos_token that tokenizer.json has"
             if template is None else "the chat template puts no special token behind it"))
-    vocab_size = max(public.get_vocab(with_added_tokens=True).values()) + 1
+    # Some folders have control tokens that the model does not (Gemma-3's <image_soft_token>), and no text makes them.
+    vocab_size = 1 + max(number for token, number in public.get_vocab(with_added_tokens=True).items()
+                         if token not in names or token in printed or token == stop)
     return {
         "describe": lambda: (vocab_size, public.token_to_id(stop), plain),
         "encode": lambda text: encode(text).ids,
@@ -96,7 +101,7 @@ def functions(folder):
 # ---- tokenizer.json
 
 
-def read_tokenizer(path):
+def read_tokenizer(path, template):
     """The tokenizer, its copy with secret names for control tokens, and {control token: secret name}."""
     import tokenizers
 
@@ -105,7 +110,7 @@ def read_tokenizer(path):
         spec |= {"truncation": None, "padding": None}  # some files ask for these, and a row must not be cut in silence
         spec["model"]["dropout"] = None  # BPE dropout draws at random: the same text would get other ids each time
         public = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        names = secret_names(public, spec)
+        names = secret_names(public, spec, template)
         private = tokenizers.Tokenizer.from_str(json.dumps(renamed(spec, names)))
         if any(private.token_to_id(secret) != public.token_to_id(token) for token, secret in names.items()):
             raise ValueError("its added tokens contradict its vocabulary")
@@ -114,18 +119,19 @@ def read_tokenizer(path):
     return public, private, names
 
 
-def secret_names(public, spec):
-    """{control token: a name that no text has in it}. Control tokens are the added tokens, except for blanks.
+def secret_names(public, spec, template):
+    """{control token: a name that no text has in it}. Control tokens are the added tokens that are special, or that
+    the template's source has (Qwen-3's <think>), except for blanks.
 
-    Blanks ("\\n\\n", runs of spaces: Gemma and Phi have them for the sake of code) are text like any other, and so are
-    tokens that the library overlooks in running text, which happens where the normalizer alters them.
+    All others (Gemma's <b> and runs of spaces) are text like any other, and so are tokens that the library overlooks in
+    running text, which happens where the normalizer alters them.
     """
     key, names = secrets.token_hex(8), {}
     for token in spec.get("added_tokens") or []:
         text, number = token["content"], token["id"]
-        blank = not token["special"] and not text.replace("▁", " ").strip()
+        control = token["special"] or text in template and text.replace("▁", " ").strip()
         found = number in public.encode(f".{text}.", add_special_tokens=False).ids
-        if found and not blank and not re.fullmatch(BYTE, text):
+        if found and control and not re.fullmatch(BYTE, text):
             names[text] = f"{key}x{number}x"
     return names
 

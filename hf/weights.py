@@ -39,10 +39,7 @@ def without_values(config):
 
 
 def load(folder):
-    """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice.
-
-    Names, shapes and types of all tensors are held against config.json before the first of them is read.
-    """
+    """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice."""
     folder, found = Path(folder), {}
     decoder = without_values(config(folder))
     size = 4 * sum(parameter.numel() for parameter in decoder.parameters())
@@ -101,11 +98,12 @@ def fetch(name):
     except ImportError:
         raise UserError(f"{name}: no such folder; to download it from the Hub: pip install huggingface_hub") from None
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
-    for cached in (True, False):
+    for cached in (True, False):  # without a network, the latter gives what is in the cache, too
         try:
-            folder = snapshot_download(name, allow_patterns=wanted, local_files_only=cached)
-            read_json(Path(folder) / "config.json"), weight_files(Path(folder))  # a download that broke off is no model
-            return folder
+            folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
+            read_json(folder / "config.json"), weight_files(folder)  # a download that broke off is no model
+            if not cached or (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists():
+                return str(folder)  # other programs may have fetched a part
         except Exception as failure:  # offline, gated, misspelt ...: the Hub's clients have many exceptions
             reason = str(failure).strip().split("\n")[0] or type(failure).__name__
     raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}")
@@ -151,11 +149,8 @@ def read_tensors(path):
 
 
 def places(decoder, files, folder):
-    """[(safetensors file, -elements, name there, (their name, our names)), ...]
-
-    files: {safetensors file: the file it was made from}. Raises UserError where a tensor is left over, missing, or
-    not as config.json describes it.
-    """
+    """[(safetensors file, -elements, name there, (their name, our names)), ...], each held against config.json.
+    files: {safetensors file: the file it was made from}."""
     wanted, names, found = decoder.state_dict(), families.names(decoder), []
     missing = dict(names)
     spare = {"lm_head.weight": ["embed.weight"]} if decoder.config.tied else {}  # some checkpoints hold it all the same

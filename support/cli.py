@@ -28,11 +28,8 @@ class Stopped(UserError):
 # ---- flags
 
 
-def parser(doc, groups=None):
-    """An ArgumentParser that prints `doc` as written and reports bad flags as UserError.
-
-    groups: {title: function that adds the group's flags by the function `add_argument` that it is given}.
-    """
+def parser(doc):
+    """An ArgumentParser that prints `doc` as written and reports bad flags as UserError."""
     made = argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
     def error(message):
@@ -40,8 +37,6 @@ def parser(doc, groups=None):
         raise UserError(f"{message} ({made.prog} --help lists the flags)")
 
     made.error = error
-    for title, add_flags in (groups or {}).items():
-        add_flags(made.add_argument_group(title).add_argument)
     return made
 
 
@@ -91,6 +86,8 @@ def run(main):
         if isinstance(failure, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(failure)):
             raise
         sys.exit(_say("error: out of memory; try a smaller --batch_size or model, or fewer or shorter rows", 2))
+    except ImportError as failure:
+        sys.exit(_say(f"error: {failure}; pip install -r requirements.txt", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from support.cli import Stopped, UserError
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # set by torchrun
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # a RANK alone is of something else
 
 
 def hardware(name="auto", dtype="float32"):
@@ -36,7 +37,7 @@ def hardware(name="auto", dtype="float32"):
     try:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()  # is it there, and does it compute?
-    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as failure:
         raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
     if dtype == "bfloat16" and not has_bfloat16(device):
         raise UserError(f"--dtype bfloat16: this {device.type} has no fast bfloat16; leave the flag out")

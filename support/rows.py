@@ -22,10 +22,8 @@ BOM = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 
 def read(path):
-    """One dict {"messages", "where", "text", "code"} per row, one at a time: a file may be larger than the memory.
-
-    The views are None where a row has none of its own. Raises UserError naming file and line.
-    """
+    """One dict {"messages", "where", "text", "code"} per row, one at a time: a file may be larger than the memory. The
+    views are None where a row has none of its own."""
     path, empty = Path(path), True
     try:
         with open(path, "rb") as file:
@@ -68,8 +66,8 @@ def check(line, where):
         raise UserError(f"{where}: not UTF-8 (byte {failure.start} of the line); save the file as UTF-8") from None
     except (ValueError, RecursionError) as failure:
         raise UserError(f"{where}: not JSON ({failure}); each line must be one JSON object") from None
-    known = isinstance(row, dict) and (
-        isinstance(row.get("messages"), list) or isinstance(row.get("text"), str) or PAIR.keys() <= row.keys())
+    known = isinstance(row, dict) and (isinstance(row.get("messages"), list) or isinstance(row.get("text"), str)
+                                       or PAIR.keys() <= row.keys() or VIEWS.keys() <= row.keys())
     if not known:
         raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content", or '
                         '{"prompt": ..., "completion": ...}')
@@ -83,8 +81,10 @@ def check(line, where):
         messages = turns(row["messages"], None, where)
     elif PAIR.keys() <= row.keys():
         messages = [turn for name, role in PAIR.items() for turn in turns(row[name], role, where)]
+    elif code is None:
+        return {"messages": text, "where": where, "text": None, "code": None, "group": group}
     else:
-        return {"messages": text + (code or []), "where": where, "text": None, "code": None, "group": group}
+        messages, text, code = text + code, None, None
     if (text is None) != (code is None):
         raise UserError(f'{where}: has one of "text" and "code"; give both views, or neither')
     check_roles([message["role"] for message in messages], where, group)
@@ -96,7 +96,8 @@ def check_roles(roles, where, group):
     pairs = ["user", "assistant"] * (len(spoken) // 2)
     if not spoken or spoken != (pairs + ["user"] if group is not None else pairs):
         some = f"{roles[:6]}" + (f" and {len(roles) - 6} more" if roles[6:] else "")
-        raise UserError(f"{where}: roles are {some}; wanted: system (optional), then user, assistant in turn")
+        more = ", and for a group the user last" if group is not None else ""
+        raise UserError(f"{where}: roles are {some}; wanted: system (optional), then user, assistant in turn{more}")
 
 
 def turns(value, role, where):

@@ -266,6 +266,11 @@ def test_text_and_code_alone_are_a_question_and_its_answer(tmp_path, synth):
     views, messages = data.read(write(tmp_path, {"text": "ring", "code": "lake"}, row(
         {"role": "user", "content": "ring"}, {"role": "assistant", "content": "lake"})))
     assert data.example(views, synth) == data.example(messages, synth)
+    turns, messages = data.read(write(tmp_path, {"text": [SYSTEM, USER], "code": [ANSWER]}, row(SYSTEM, USER, ANSWER)))
+    assert data.example(turns, synth) == data.example(messages, synth)
+    for code in ([ANSWER, ANSWER], [USER]):
+        with pytest.raises(UserError, match="rows.jsonl:1: roles are"):
+            data.read(write(tmp_path, {"text": "ring", "code": code}))
 
 
 def test_prompt_and_completion_are_a_question_and_its_answer(tmp_path, synth):
@@ -277,7 +282,8 @@ def test_prompt_and_completion_are_a_question_and_its_answer(tmp_path, synth):
     assert data.example(turns, synth) == data.example(messages, synth)
     assert strings.messages == [USER, ANSWER]
     for bad, complaint in (({"prompt": "a"}, "needs"), ({"prompt": "a", "completion": " "}, "turn is empty"),
-                           ({"prompt": [ANSWER], "completion": "b"}, "roles are")):
+                           ({"prompt": [ANSWER], "completion": "b"}, "roles are"),
+                           ({"prompt": "a", "completion": "b", "group": 1}, "for a group the user last")):
         with pytest.raises(UserError, match=f"rows.jsonl:1: .*{complaint}"):
             data.read(write(tmp_path, bad))
 

@@ -17,9 +17,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def figures_of(found, seed=0, different_codes=None, reverse=False):
-    """Cosines and all other figures, as eval.py puts them together."""
-    cosines = encodings.cosines(*encodings.sides(found, reverse).values(), seed)
-    return encodings.measure(found, cosines, different_codes, reverse)
+    return encodings.measure(found, reverse, seed, different_codes)
 
 
 def test_effective_rank():
@@ -128,6 +126,15 @@ def test_verdicts():
     assert "hardly closer" in encodings.verdict(figures_of(unrelated))
     cone = {name: 4 + base for name in healthy}  # as pretrained decoders have it
     assert "No collapse" in encodings.verdict(figures_of(cone))
+
+
+def test_the_verdict_is_on_what_the_loss_compares():
+    """With --reverse that is Enc(Text) and the predictions from Code; otherwise the predictions and Enc(Code)."""
+    base, point = RANDOM.normal(size=(50, 8)), 1 + 1e-3 * RANDOM.normal(size=(50, 8))
+    for name, reverse, collapsed in (("text", True, True), ("text", False, False),
+                                     ("code", False, True), ("code", True, False)):
+        figures = figures_of({"text": base, "pred": base, "code": base} | {name: point}, reverse=reverse)
+        assert ("have collapsed" in encodings.verdict(figures, reverse)) == collapsed
 
 
 def test_few_labels_are_no_collapse():

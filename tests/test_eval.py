@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -132,8 +133,10 @@ def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
     with torch.no_grad():
         batch = data.collate(examples, 1, layout="paper", reverse=True)
         text, code = model.encodings(model.hidden(batch), batch)
-    found = metrics(tmp_path / "run")["representation"]["cosine_aligned"]
-    assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)
+    call(tmp_path / "run/best", "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "best")
+    for folder in ("run", "best"):  # the weights do not say how they were trained, but the run does
+        found = metrics(tmp_path / folder)["representation"]["cosine_aligned"]
+        assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)
 
 
 def test_the_batch_size_changes_nothing(trained, rows, tmp_path):
@@ -536,6 +539,13 @@ def pipe():
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
+def test_a_pipe_is_read_once_for_questions_too(trained, rows, pipe, capsys):
+    call(trained[1], "--ask", "a b c", "--data", pipe(rows.read_bytes()), "--max_new_tokens", "2")
+    shown = capsys.readouterr()
+    assert "nearest Codes" in shown.out and shown.err == "(cut off: no stop token within 2 tokens)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
 def test_a_pipe_is_read_once(trained, rows, tmp_path, pipe, monkeypatch):
     """Also for several models; and another set of rows does not get the answers of the first."""
     whole, calls = rows.read_bytes().splitlines(keepends=True), counted(monkeypatch)
@@ -578,18 +588,22 @@ def test_one_question_gets_the_answer_that_a_row_gets(trained, rows, tmp_path, c
     assert sorted(trained[1].iterdir()) == before, "asking writes no files"
 
 
-def test_a_question_is_put_as_in_training(trained, rows, tmp_path):
-    """The prompt is that of a row: with the system turn of the training data, or of --data, or with none."""
+def test_a_question_is_put_as_in_training(trained, rows, tmp_path, capsys):
+    """The prompt is that of a row: with the system turn of the training data, or with none, which is said."""
     opened, first = runs.open_model(trained[1], "cpu"), data.read(rows)[0]
     asked, expected = first.messages[1]["content"], data.example(first, hf.tokenizer("synth"))
-    _, example = ask.prepared(asked, ask.system_turn(opened.data), opened)
+    _, example = ask.prepared(asked, ask.trained_on(opened), opened)
     assert example.full[: example.answer_start] == expected.full[: expected.answer_start]
-    for content in (b"", b"\n\n", b"{", b"\xff", json.dumps(chat("a", "b")).encode()):
+    _, other = ask.prepared(asked, chat("a", "b")["messages"], opened)
+    assert len(other.full) < len(example.full), "a file without a system turn"
+    assert capsys.readouterr().err == "" and ask.trained_on(replace(opened, data=None)) == []
+    for content in (b"", b"\n\n", b"{", b"\xff"):
         (tmp_path / "odd").write_bytes(content)
-        assert ask.system_turn(tmp_path / "odd") == []
-    assert ask.system_turn(tmp_path / "gone") == ask.system_turn(None) == ask.system_turn(tmp_path) == []
+        assert ask.trained_on(replace(opened, data=str(tmp_path / "odd"))) == []
+        assert "without the system turn" in capsys.readouterr().err
+    assert ask.trained_on(replace(opened, data=str(tmp_path / "gone"))) == []
     (tmp_path / "odd").write_bytes(b"\xef\xbb\xbf\n" + rows.read_bytes())
-    assert ask.system_turn(tmp_path / "odd") == [{"role": "system", "content": "Capitals."}]
+    assert ask.trained_on(replace(opened, data=str(tmp_path / "odd")))[0]["content"] == "Capitals."
 
 
 def test_questions_are_typed_until_the_input_ends(trained, monkeypatch, capsys):
@@ -753,6 +767,7 @@ def test_what_is_no_run(trained, rows, refused, tmp_path):
     assert "say with --out" in refused(model, "--base", model, "--data", rows)
     for flags in (["--ask"], [*trained, "--ask", "a"], ["--predictions", rows, "--ask", "a"]):
         assert "one" in refused(*flags)
+    assert "blank" in refused(trained[0], "--ask", " ")
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in refused(tmp_path, "--data", rows)
     young = Path(shutil.copytree(trained[0], tmp_path / "young", ignore=shutil.ignore_patterns("best", "checkpoint")))

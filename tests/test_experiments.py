@@ -279,7 +279,7 @@ def test_the_flags_of_every_grid_exist():
     for name, grid in sweep.GRIDS.items():
         for made in sweep.cells(name):
             words = shlex.split(made.commands["train"].replace("$LLMJEPA_SMOLLM2", "folder"))[2:]
-            args = train.check(train.flags().parse_args(words))
+            args = train.check(train.FLAGS.parse_args(words))
             assert args.seed == made.seed and args.out.name == made.name
         assert grid["rows"] <= 8000 and grid["about"]
 

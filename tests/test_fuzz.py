@@ -273,7 +273,7 @@ def tiny_model():
 
 def train_on(path, layout, targets, limit):
     """What training does with a file of rows, up to the gradient."""
-    args = train.check(train.flags().parse_args(["--data", str(path), "--layout", layout]))
+    args = train.check(train.FLAGS.parse_args(["--data", str(path), "--layout", layout]))
     too_long = "skip" if limit < 200 else "refuse"
     _, examples = data.training_set(path, hf.tokenizer("synth"), limit, 2, too_long, train_on=targets)
     train.check_views(args, examples)
@@ -334,7 +334,7 @@ def prepared():
 
 def evaluated():
     """What eval.py does before it opens anything."""
-    evaluate.check(cli.parser(evaluate.__doc__, evaluate.GROUPS).parse_args())
+    evaluate.check(evaluate.FLAGS.parse_args())
 
 
 COMMANDS = {"train.py": prepared, "eval.py": evaluated, "data.py": data.main}

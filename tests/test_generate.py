@@ -128,9 +128,11 @@ def test_samples_follow_the_distribution_cut_to_top_p():
 
     assert np.abs(counts(1.0, 1.0) - [0.5, 0.3, 0.15, 0.05]).max() < 0.03
     assert np.abs(counts(1.0, 0.7) - [0.625, 0.375, 0, 0]).max() < 0.03
+    assert counts(1.0, 1e-46).tolist() == [1, 0, 0, 0]
     logits = logits.flip(-1)  # or what NaN gives, token 0, would be right
     for temperature in (0.01, 1e-40, 1e-300):
         assert counts(temperature, 1.0).tolist() == [0, 0, 0, 1]
+    assert counts(1.0, 1e-46).tolist() == [0, 0, 0, 1]
 
 
 def test_log_likelihoods_equal_each_choice_alone(decoder):

@@ -237,6 +237,9 @@ def test_uniformity_of_equal_points_and_of_a_square():
     assert_close(jepa.uniform(square, square), torch.tensor(pairs).exp().mean().log())
     same = square[:1].expand(4, 2)
     assert_close(jepa.uniform(same, same), torch.tensor(0.0))
+    text, code = torch.randn(2, 9, 5)
+    apart = [torch.pdist(F.normalize(x, dim=-1)).square().mul(-2).exp().mean().log() for x in (text, code)]
+    assert_close(jepa.uniform(text, code), jepa.cosine(text, code) + sum(apart) / 2)
 
 
 @pytest.mark.parametrize("distance", ["infonce", "uniform"])

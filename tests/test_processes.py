@@ -142,6 +142,15 @@ def test_world_size_without_torchrun_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_a_rank_of_something_else_is_none():
+    """RANK without WORLD_SIZE, as some clusters set it: this process is the only one, and does all the work."""
+    code = "from support import processes; print(processes.RANK, processes.WORLD)"
+    for world in ({}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}):
+        ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": "1"} | world, text=True,
+                             capture_output=True)
+        assert ran.stdout == "0 1\n", ran.stderr
+
+
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setenv("LOCAL_RANK", "17")

@@ -260,16 +260,43 @@ def said(user, answer):
 
 def test_blanks_are_text_even_where_they_are_added_tokens(made):
     """Gemma lists runs of newlines, Phi runs of spaces: indented code must get the ids that `transformers` gives it."""
-    def add_blanks(spec):
-        for text in ("\n\n", "    "):
-            spec["added_tokens"].append({**spec["added_tokens"][-1], "id": spec["added_tokens"][-1]["id"] + 1,
-                                         "content": text, "special": False})
-
-    folder = altered(made("byte-level", CHATML), add_blanks)
+    folder = altered(made("byte-level", CHATML), with_tokens("\n\n", "    ", special=False))
     tokenizer, code = hf.tokenizer(folder), "def f():\n\n    return 1"
     ids = tokenizer.encode(code)
     assert flat(tokenizer.chat(said(code, code))) == theirs(folder, said(code, code))
     assert tokenizer.decode(ids) == code and {tokenizer.vocab_size - 1, tokenizer.vocab_size - 2} <= set(ids)
+
+
+def with_tokens(*texts, **fields):
+    """A change that appends added tokens, each with the next free id."""
+    def add(spec):
+        for text in texts:
+            last = spec["added_tokens"][-1]
+            spec["added_tokens"].append({**last, "id": last["id"] + 1, "content": text, **fields})
+    return add
+
+
+def test_tokens_that_are_not_special_are_text_unless_the_template_has_them(made):
+    """Gemma lists HTML's tags, which must stay what they were in pretraining; Qwen-3's template has <think>."""
+    messages = said("make it <b>bold</b>", "<think></think> <b>it</b>")
+    tags = with_tokens("<b>", "</b>", "<think>", "</think>", special=False)
+    plain = altered(made("byte-level", CHATML), tags)
+    assert flat(hf.tokenizer(plain).chat(messages)) == theirs(plain, messages)
+    template = CHATML.replace("{{ m.content }}", "<think>{{ m.content }}")
+    thinking = hf.tokenizer(altered(made("byte-level", template), tags))
+    bold, *_, think, _ = (tokenizers.Tokenizer.from_file(str(plain / "tokenizer.json")).token_to_id(text)
+                          for text in ("<b>", "</b>", "<think>", "</think>"))
+    ids = flat(thinking.chat(messages))
+    assert ids.count(think) == 2 and ids.count(bold) == 2, "in a message <think> is text"
+
+
+@pytest.mark.parametrize("put, counted", [
+    ("<|im_start|>", False), ("<|picture|><|im_start|>", True), ("{{ '<|im_' + 'start|>' }}", True)])
+def test_control_tokens_that_nothing_prints_need_no_embedding(made, put, counted):
+    """Gemma-3's <image_soft_token> has an id beyond the embedding. What a template puts together is not overlooked."""
+    folder = altered(made("byte-level", CHATML.replace("<|im_start|>", put)), with_tokens("<|picture|>"))
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    assert (hf.tokenizer(folder).vocab_size == size) == counted
 
 
 @pytest.mark.parametrize("kind", KINDS)

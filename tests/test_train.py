@@ -154,6 +154,18 @@ def test_loss_dropout_drops_some_steps(toy, straight, tmp_path):
     assert dropped == [data.dropped(0.5, 0, step) for step in range(12)] and 0 < sum(dropped) < 12
 
 
+def test_a_dropped_step_shows_no_jepa_loss(tmp_path):
+    """0.000 would look like success."""
+    shown, norm, sums = [], torch.tensor(1.0), torch.tensor([2.0, 2.0, 0.0])
+    bar = Namespace(set_postfix_str=lambda text, refresh: shown.append(text))
+    run = Namespace(step=1, skipped=0, args=Namespace(out=tmp_path),
+                          optimizer=Namespace(param_groups=[{"lr": 1.0}]))
+    for jepa in (False, True):
+        train_script.log_step(run, bar, 0, {"sums": sums, "norm": norm, "jepa": jepa}, 5, 0.0)
+    assert "jepa -," in shown[0] and "jepa 0.000," in shown[1]
+    assert [line["jepa"] for line in log(tmp_path)] == [None, 0.0]
+
+
 def test_every_variant_trains(toy, tmp_path):
     """One run with each flag: it goes through, and it is not the default run under another name."""
     variants = ["--gamma 0.5", "--distance l2", "--distance mse", "--distance infonce", "--layout paper", "--reverse",
@@ -262,7 +274,7 @@ def test_a_run_without_pred_tokens_can_go_on(toy, tmp_path):
 def test_training_keeps_memory(toy, monkeypatch):
     called = []
     monkeypatch.setattr(processes, "keep_memory", lambda: called.append(True))
-    train_script.prepare(train_script.check(train_script.flags().parse_args([*map(str, toy), *SMALL])))
+    train_script.prepare(train_script.check(train_script.FLAGS.parse_args([*map(str, toy), *SMALL])))
     assert called == [True]
 
 
@@ -348,6 +360,8 @@ def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
     (["--tokenizer", "nonsense"], "nonsense"),
     (["--init", "nowhere/at-all/nothing"], "nowhere/at-all/nothing"),
     (["--device", "toaster"], "--device toaster"),
+    (["--device", "hpu"], "--device hpu"),
+    (["--data", "/dev/null"], "/dev/null: is no file that --resume could read"),
     (["--block_size", "5"], "train.jsonl:1: needs"),
     (["--lora_rank", "4"], "--init"),
     (["--resume", "nowhere"], "nowhere: no run here"),

@@ -706,6 +706,8 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
         calls.append((name, local_files_only))
         if not local_files_only and not (tmp_path / "config.json").exists():
             weights.save(toy_decoder("llama"), tmp_path)
+        elif not local_files_only:
+            [(tmp_path / name).touch() for name in ("tokenizer.json", "tokenizer_config.json")]
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
@@ -713,7 +715,9 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
     assert weights.fetch("org/name") == str(tmp_path)  # the cached folder holds no model yet
     assert calls == [("org/name", True), ("org/name", False)]
     assert weights.fetch("org/name") == str(tmp_path)
-    assert calls[2:] == [("org/name", True)]
+    assert calls[2:] == [("org/name", True), ("org/name", False)], "there were weights, but no tokenizer"
+    assert weights.fetch("org/name") == str(tmp_path)
+    assert calls[4:] == [("org/name", True)]
 
 
 @pytest.mark.parametrize("name", ["no_such_folder", "../x/y", "/no/such/folder", ""])
