@@ -275,10 +275,8 @@ def main():
 
     def alone(ids):
         """The states of a view that has a forward pass of its own, (T, C)."""
-        row, empty = torch.tensor([ids]), torch.zeros(0, 2, dtype=torch.long)
-        batch = Batch(ids=row, segment=torch.full_like(row, TEXT), position=torch.arange(len(ids))[None],
-                      label_at=empty, label=empty[:, 0], text_at=empty, code_at=empty)
-        return model.hidden(batch)[0]
+        row, position = torch.tensor([ids]), torch.arange(len(ids))[None]
+        return model.hidden(batch._replace(ids=row, segment=torch.full_like(row, TEXT), position=position))[0]
 
     with torch.no_grad():
         fused = model(batch, lam=2.0)
