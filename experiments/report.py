@@ -62,14 +62,15 @@ def read_grid(name):
     found = {arm: {} for arm in GRIDS[name]["arms"]}
     for path in sorted((ROOT / RESULTS / name).glob("*.json")):
         cell = cli.read_json(path)
-        if cell["arm"] in found:
-            found[cell["arm"]][cell["seed"]] = cell
+        found.setdefault(cell["arm"], {})[cell["seed"]] = cell  # also of arms that the grid does not name any more
     return found
 
 
 def value(cell, metric):
     """A rate of metrics.json, a figure about the encodings, a count of wrong outputs; None if it is not there."""
     metrics = cell["metrics"]
+    if metric == "val_lm":
+        return min((line["val_lm"] for line in cell["validation"]), default=None)
     if metric in metrics["rates"]:
         return metrics["rates"][metric]["value"]
     return (metrics["wrong"] | metrics.get("representation", {})).get(metric)
@@ -99,6 +100,7 @@ def compare(cells, base):
 
 COLUMNS = {  # heading: ((metric, form), ...)
     "exact match": (("exact", "{:.2%} ± {:.2%}"),),
+    "validation loss": (("val_lm", "{:.4f}"),),
     "prefix match": (("prefix", "{:.2%}"),),
     "same language": (("same_language", "{:.2%}"),),
     "stop rate": (("stopped", "{:.1%}"),),
@@ -112,7 +114,7 @@ COLUMNS = {  # heading: ((metric, form), ...)
 
 
 def grid_table(name):
-    """Lines of Markdown: how the grid was run, a row for each arm, the names of those that were not run."""
+    """Lines of Markdown: how the grid was run, a row for each arm, what was not run, the picture."""
     found = read_grid(name)
     if not any(found.values()):
         return [f"`python -m experiments.sweep {name}`: not run. {GRIDS[name]['seeds']} seeds of {', '.join(found)}."]
@@ -120,8 +122,10 @@ def grid_table(name):
              if (base := base_of(arm, found)) != arm and cells.keys() & found[base].keys()}
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     first, *rest = COLUMNS
-    table = [["arm", "seeds", first, "minus lam 0 (points)", "p", *rest]]
+    table, missing = [["arm", "seeds", first, "minus lam 0 (points)", "p", *rest]], {}
     for arm, cells in found.items():
+        if absent := ", ".join(str(seed) for seed in range(GRIDS[name]["seeds"]) if seed not in cells):
+            missing.setdefault(absent, []).append(arm)
         if not cells:
             continue
         texts = [" / ".join(average(cells, *metric) for metric in metrics) for metrics in COLUMNS.values()]
@@ -130,8 +134,8 @@ def grid_table(name):
             middle, half = interval([100 * difference for difference in tests[arm][0]])
             against = [f"{middle:+.2f}" + (f" ± {half:.2f}" if half == half else ""), f"{corrected[arm]:.2g}"]
         table.append([arm, str(len(cells)), texts[0], *against, *texts[1:]])
-    missing = [arm for arm, cells in found.items() if not cells]
-    not_run = ["", f"Not run: {', '.join(missing)}."] if missing else []
+    absent = [f"of {', '.join(arms)} seeds {seeds}" for seeds, arms in missing.items()]
+    not_run = ["", f"Not run: {'; '.join(absent)}."] if missing else []
     picture = f"![{name}: exact match against retrieval@1](results/{name}.png)"
     return [*conditions(name, found), "", *markdown(table), *not_run, "", picture]
 

@@ -29,8 +29,8 @@ from support import cli
 from support.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS, RESULTS, TRAIN_ROWS = Path("runs/sweep"), Path("experiments/results"), Path("datasets/synth_train.jsonl")
-GRIDS = cli.read_json(ROOT / "experiments" / "grids.json")  # rows: how many shipped ones; keep: the weights, too?
+RUNS, RESULTS = Path("runs/sweep"), Path("experiments/results")
+GRIDS = cli.read_json(ROOT / "experiments" / "grids.json")  # rows: how many of the source's; keep: the weights, too?
 
 
 class Cell(NamedTuple):
@@ -46,13 +46,13 @@ class Cell(NamedTuple):
 def cells(grid_name, only=()):
     """Every `Cell` of a grid, or those of the arms `only`; all arms of a seed before the next seed."""
     grid, made = GRIDS[grid_name], []
-    few = RUNS / f"first-{grid['rows']}.jsonl"
+    few = RUNS / grid["few"]
     for seed in range(grid["seeds"]):
         for arm, flags in grid["arms"].items():
             name = f"{arm}-seed{seed}"
             folder = RUNS / grid_name / name
             commands = {
-                "data": f"mkdir -p {RUNS} && head -n {grid['rows']} {TRAIN_ROWS} > {few}",
+                "data": f"mkdir -p {RUNS} && head -n {grid['rows']} {grid['source']} > {few}",
                 "train": f"python train.py --data {few} {grid['train']} {flags} --seed {seed} --out {folder}",
                 "eval": f"python eval.py {folder} {grid['eval']}",
             }
@@ -177,8 +177,10 @@ def main():
             raise UserError(f"{cell.result}: was made by other commands than the grid's; delete it to run it again")
     if "$LLMJEPA_SMOLLM2" in grid["train"] and not Path(os.environ.get("LLMJEPA_SMOLLM2", "")).is_absolute():
         raise UserError("set LLMJEPA_SMOLLM2 to the (absolute) folder of SmolLM2-135M-Instruct, which this grid trains")
-    shipped = (ROOT / TRAIN_ROWS).read_text(encoding="utf-8").splitlines(keepends=True)
-    cli.write(ROOT / RUNS / f"first-{grid['rows']}.jsonl", "".join(shipped[: grid["rows"]]))
+    if not (ROOT / grid["source"]).exists():
+        raise UserError(f"{grid['source']}: no such file; python datasets/download.py synth fetches it")
+    source = (ROOT / grid["source"]).read_bytes().splitlines(keepends=True)
+    cli.write(ROOT / RUNS / grid["few"], b"".join(source[: grid["rows"]]).decode())
     failed = run_all([cell for cell, found in states if found != "done"], args.jobs, grid["keep"])
     if failed:
         raise cli.Stopped(f"{failed} cells did not come to their end; the same command goes on with them")

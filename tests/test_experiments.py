@@ -74,7 +74,8 @@ def place(tmp_path, monkeypatch):
 
 
 def toy(monkeypatch, arms, on_eval="", seeds=1):
-    grid = {"about": "", "seeds": seeds, "rows": 3, "train": "", "eval": on_eval, "keep": True, "arms": arms}
+    grid = {"about": "", "seeds": seeds, "rows": 3, "source": "datasets/synth_train.jsonl", "few": "first-3.jsonl",
+            "train": "", "eval": on_eval, "keep": True, "arms": arms}
     monkeypatch.setitem(sweep.GRIDS, "toy", grid)
     return grid
 
@@ -203,6 +204,7 @@ def cell(arm, seed, correct):
     found = {"n": len(correct), "cosine_aligned": 0.5, "cosine_shuffled": 0.25, "retrieval_at_1_text_to_code": 0.125}
     wrong = {"stopped too early": 1, "cut off by the budget": 2, "ran on": 3, "other": 4}
     return {"arm": arm, "seed": seed, "correct": correct, "versions": {"code": "abc"},
+            "validation": [{"val_lm": 0.5}, {"val_lm": 0.25}],
             "metrics": {"rates": rates, "representation": found, "wrong": wrong},
             "seconds": {"train": 3600.0, "eval": 1800.0}, "hardware": {"gpu": None, "processor": "a CPU", "threads": 1}}
 
@@ -210,7 +212,7 @@ def cell(arm, seed, correct):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A grid with four arms, three of which were run with two seeds."""
-    toy(monkeypatch, {"lam0": "--lam 0", "better": "", "same": "", "never": ""}, seeds=2)
+    toy(monkeypatch, {"lam0": "--lam 0", "better": "", "same": "", "never": ""}, seeds=3)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     for made in (cell("lam0", 0, "1100000000"), cell("lam0", 1, "1110000000"), cell("better", 0, "1111111111"),
                  cell("better", 1, "1111111100"), cell("same", 0, "1100000000"), cell("same", 1, "1110000000")):
@@ -222,7 +224,7 @@ def test_the_table_of_a_grid(results):
     about, _, head, _, *rows, _, not_run, _, picture = report.grid_table("toy")
     rows = {row[0]: row[1:] for row in ([part.strip() for part in line.split("|")[1:-1]] for line in rows)}
     head = [part.strip() for part in head.split("|")[2:-1]]
-    assert about == ("`python -m experiments.sweep toy`: 6 of 8 cells, 9.0 hours in all, threads each: 1; a CPU; "
+    assert about == ("`python -m experiments.sweep toy`: 6 of 12 cells, 9.0 hours in all, threads each: 1; a CPU; "
                      "code abc.")
     assert picture == "![toy: exact match against retrieval@1](results/toy.png)"
     better = dict(zip(head, rows["better"], strict=True))
@@ -235,7 +237,11 @@ def test_the_table_of_a_grid(results):
     assert better["wrong: stopped too early / cut off by the budget / ran on / other"] == "1 / 2 / 3 / 4"
     assert better["prefix match"] == "-"
     assert better["recall@10"] == "-" and better["candidates"] == "10"
-    assert rows["lam0"][head.index("p")] == "-" and "never" not in rows and not_run == "Not run: never."
+    assert rows["lam0"][head.index("p")] == "-" and "never" not in rows and not_run == (
+        "Not run: of lam0, better, same seeds 2; of never seeds 0, 1, 2.")
+    assert better["validation loss"] == "0.2500"
+    cli.write_json(results / report.RESULTS / "toy" / "gone-seed0.json", cell("gone", 0, "1100000000"))
+    assert any(line.startswith("| gone ") for line in report.grid_table("toy")), "no longer in the grid, but not hidden"
 
 
 def test_a_grid_that_was_not_run_says_so(monkeypatch, tmp_path):
