@@ -206,7 +206,7 @@ class LLMJEPA(nn.Module):
 
     def losses(self, hidden, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
         """What `forward` gives, from the states of the batch, (B, T, C)."""
-        labels, pairs = whole or (len(batch.label), len(batch.text_at))
+        labels, pairs = (len(batch.label), len(batch.text_at)) if whole is None else whole
         lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / max(1, labels)
         jepa = torch.zeros_like(lm)
         if pairs:

@@ -67,26 +67,10 @@ class Config:
         assert len(self.windowed) == self.n_layer, "Config.windowed needs one entry per layer"
 
 
-class RMSNormOnCPU(torch.autograd.Function):
-    """F.rms_norm, for which torch has no kernel on CPUs, in half its time: y = x r w, r = 1 / sqrt(mean(x^2) + eps)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, r = ctx.saved_tensors
-        product = (grad * x).mul_(r)
-        mean = (product @ weight)[..., None] / x.shape[-1]  # of grad x r w
-        # gradients: of x, r (grad w - x r mean); of w, the sum of grad x r over all rows
-        return (grad * weight).addcmul_(x, mean * r, value=-1).mul_(r), product.flatten(0, -2).sum(0), None
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 whatever the type of x."""
+
+    formula = staticmethod(F.rms_norm)
 
     def __init__(self, width, eps, plus_one=False):
         super().__init__()
@@ -94,10 +78,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
 
     def forward(self, x):
-        x32, weight = x.float(), self.weight.float() + self.offset
-        if x.device.type == "cpu":
-            return RMSNormOnCPU.apply(x32, weight, self.eps).type_as(x)
-        return F.rms_norm(x32, weight.shape, weight, self.eps).type_as(x)
+        weight = self.weight.float() + self.offset
+        return self.formula(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
 def make_norm(config, width=None):

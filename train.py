@@ -27,11 +27,12 @@ from evaluation import plots
 from evaluation.validation import validate
 from hf import lora, runs, weights
 from jepa import DISTANCES, IN_BATCH, LLMJEPA, PAD
-from model import Config, Decoder
+from model import Config, Decoder, RMSNorm
 from support import cli, processes
 from support.cli import Stopped, UserError
 from support.muon import Muon
 from support.processes import RANK, WORLD
+from support.rms_norm import rms_norm
 
 SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
 
@@ -184,7 +185,6 @@ class Run:
     skipped: torch.Tensor = None  # all steps that were not taken since this process began
     validations: list = None  # what the log says of them
     saved_at: float = 0.0  # seconds, of time.monotonic
-    warned: bool = False  # that the encodings have collapsed; set by `validate`
 
 
 # ---- one optimizer step
@@ -330,7 +330,9 @@ def log_step(run, bar, epoch, taken, tokens, began):
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
                  lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
                  **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
-    shown = f"{jepa:.3f}" if taken["jepa"] else "-"
+    shuffled = run.validations[-1].get("val_cosine_shuffled") if run.validations else None
+    beside = f" (cosine of shuffled pairs {shuffled:.3f})" if shuffled is not None else ""
+    shown = f"{jepa:.3f}{beside}" if taken["jepa"] else "-"
     bar.set_postfix_str(f"lm {lm:.3f}, jepa {shown}, {speed} tokens/s", refresh=False)
 
 
@@ -394,6 +396,7 @@ def prepare(args):
     device, autocast = processes.hardware(args.device, args.dtype)
     processes.start(device)
     processes.keep_memory()
+    RMSNorm.formula = staticmethod(rms_norm)
     torch.manual_seed(args.seed)
     tokenizer = hf.tokenizer(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)

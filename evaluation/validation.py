@@ -36,8 +36,8 @@ def validate(run):
     if views:
         cosines = encodings.cosines(*torch.cat(states, dim=1))
         scores |= {"val_jepa": jepa} | {f"val_cosine_{name}": value for name, value in cosines.items()}
-        if args.lam > 0 and encodings.collapsed(cosines) and not run.warned and RANK == 0:
-            run.warned = True
+        before = [{name: line.get(f"val_cosine_{name}", 0.0) for name in cosines} for line in run.validations]
+        if args.lam > 0 and encodings.collapsed(cosines) and not any(map(encodings.collapsed, before)) and RANK == 0:
             tqdm.write(COLLAPSED)
     answered = [pair for pair in zip(conversations, examples, strict=True) if pair[1].answer_start < len(pair[1].full)]
     if answered:

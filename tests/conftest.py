@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from data import Example
-from model import Config, Decoder
+from model import Config, Decoder, RMSNorm
+from support.rms_norm import rms_norm
 
+RMSNorm.formula = staticmethod(rms_norm)  # as in train.py and eval.py
 torch.set_num_threads(1)  # as in the processes that tests start: the number of threads decides the last bits of a sum
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 

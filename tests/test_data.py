@@ -227,6 +227,8 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(sum(steps, [])) == list(range(1003)) and sorted(map(len, steps)) == [11] + [32] * 31
     padding = sum(max(lengths[i] for i in step) * len(step) for step in steps) / sum(lengths)
     assert padding < 1.1  # rows of a step are about equally long
+    longest = [max(lengths[i] for i in step) for step in steps]
+    assert longest != sorted(longest), "the steps are shuffled, too"
 
 
 # ---- python data.py
@@ -327,6 +329,7 @@ def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
     ({"text": 3, "code": "x"}, "a view must be"),
     ({"text": " ", "code": "x"}, "empty"),
     ({"text": [{"role": "tool", "content": "x"}], "code": "x"}, "a turn must be"),
+    ({"text": [USER, {"role": "system", "content": " "}], "code": "x"}, "the system's last turn is empty"),
     ({"text": "a", "code": "b", "group": 7}, "a group and a code"),
     ({"group": [7]}, "a group must be"),
 ])
@@ -384,3 +387,18 @@ def test_a_training_set_needs_less_than_a_kilobyte_a_row(synth):
         for few, many in zip(data.collate(compact[:4], 2, **layout), data.collate(examples[:4], 2, **layout),
                              strict=True):
             assert_close(few, many, rtol=0, atol=0)
+
+
+def test_the_longest_view_counts_views_of_the_rows_own():
+    for text, code in ((20, 4), (4, 20)):
+        e = data.Example([1] * 6, [False] * 3 + [True] * 3, 3, [1] * text, [1] * code, own_text=True)
+        batches = [data.collate([e], 3, "paper", reverse=reverse) for reverse in (False, True)]
+        assert data.longest_view(e, 3) == max(batch.position.max() + 1 for batch in batches) == 23
+
+
+def test_a_row_that_fills_the_model_fits(tmp_path, synth):
+    conversations = data.read(write(tmp_path, row(USER, ANSWER)))
+    needed = data.longest_view(data.example(conversations[0], synth), 1)
+    assert len(data.examples_of(conversations, synth, limit=needed, k=1)[1]) == 1
+    with pytest.raises(UserError, match=f"needs {needed} tokens, the model has room for {needed - 1}"):
+        data.examples_of(conversations, synth, limit=needed - 1, k=1)

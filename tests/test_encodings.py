@@ -1,5 +1,7 @@
 """Figures about encodings, on matrices of which one knows the answer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 import data
 from evaluation import encodings, plots
 from jepa import LLMJEPA
+from support.cli import UserError
 
 RANDOM = np.random.default_rng(0)
 
@@ -212,8 +215,44 @@ def test_cosines_of_pairs_shuffled_pairs_and_codes():
     (0.9999, 0.9999, True),  # the paper's loss on small models
     (0.999, 0.985, False),  # a narrow cone in which rows are told apart
     (0.97, 0.87, False),  # with --stop_grad code
+    (0.9, 0.9, False),  # alike, but not in one direction
     (0.729, 0.727, False),  # SmolLM2-135M before training
     (-0.28, -0.28, False),  # a contrastive loss on shuffled pairs
 ])
 def test_collapse_needs_pairs_that_are_no_closer_than_others_and_all_alike(pairs, shuffled, collapsed):
     assert encodings.collapsed({"pairs": pairs, "shuffled": shuffled, "codes": 0.99}) is collapsed
+
+
+def test_views_of_the_rows_own_are_encoded_in_the_paper_layout(examples):
+    model = LLMJEPA(toy_decoder("llama"), 2).eval()
+    own = encodings.encode(model, [replace(e, own_text=True) for e in examples], batch_size=3)
+    for name, states in encodings.encode(model, examples, batch_size=3, layout="paper").items():
+        assert np.array_equal(own[name], states)
+
+
+def test_encodings_that_are_not_finite_are_refused(examples):
+    model = LLMJEPA(toy_decoder("llama"), 1).eval()
+    with torch.no_grad():
+        model.pred.fill_(float("nan"))
+    with pytest.raises(UserError, match="encodings are not finite"):
+        encodings.encode(model, examples, batch_size=3)
+
+
+def test_the_rows_that_score_the_linear_map_do_not_choose_it():
+    """The fourth of five rows says that the map holds, the fifth that it does not: the score must be bad."""
+    random = np.random.default_rng(0)
+    text = random.normal(size=(100, 5))
+    code = text @ random.normal(size=(5, 5))
+    code[4::5] *= -1
+    assert encodings.linear_map(text, code)[0] > 2
+
+
+def test_the_linear_map_and_the_difference_are_of_text_and_not_of_predictions():
+    random = np.random.default_rng(0)
+    text, pred, code = random.normal(size=(3, 120, 110))
+    found = figures_of({"text": text, "pred": pred, "code": code})
+    top = svdvals(text - code)[:100].mean()
+    assert found["top100_singular_values_of_difference"] == pytest.approx(top, abs=1e-5)
+    x, map_ = random.normal(size=(50, 5)), random.normal(size=(5, 5))
+    found = figures_of({"text": x, "pred": random.normal(size=(50, 5)), "code": x @ map_})
+    assert found["linear_residual_relative"] == 0 and found["linear_residual_absolute"] == 0

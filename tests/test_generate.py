@@ -145,3 +145,21 @@ def test_log_likelihoods_equal_each_choice_alone(decoder):
             logits = decoder.logits(decoder.hidden(row, mask(torch.zeros_like(row)), position))[0].log_softmax(-1)
         alone = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice))
         assert value == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_sample_is_drawn_anew_at_each_step():
+    choose = generate.sampler(1.0, 1.0, seed=0, names=list(range(50)))
+    drawn = [choose(torch.zeros(50, 9), list(range(50)), step).tolist() for step in (0, 1)]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_prompt_that_fills_the_model_gets_one_token(decoder):
+    (_, answer), = generate.decode(decoder, [[1] * 64], -1, 9)
+    assert len(answer.ids) == 1 and not answer.stopped
+
+
+def test_the_longest_prompts_come_first(decoder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(generate, "decode", lambda decoder, prompts, *_: asked.extend(map(len, prompts)) or ())
+    list(generate.in_batches(decoder, [[1] * n for n in (2, 5, 1, 4)], -1, 1, batch_size=2))
+    assert asked == [5, 4, 2, 1]

@@ -1,5 +1,6 @@
 """The method: mask, three views in one pass, what each state may depend on, how losses are averaged."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import jepa
 from jepa import ANSWER, CODE, DISTANCES, LLMJEPA, PAD, PRED, TEXT
-from model import Attention, Config, Decoder, RMSNormOnCPU
+from model import Attention, Config, Decoder
+from support.rms_norm import rms_norm
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,10 +147,10 @@ def test_rms_norm_of_cpus():
     torch.manual_seed(0)
     x = 1e-2 * torch.randn(3, 5, 8, dtype=torch.float64)  # small enough for eps to matter
     inputs = x.requires_grad_(), torch.randn(8, dtype=torch.float64, requires_grad=True)
-    assert_close(RMSNormOnCPU.apply(*inputs, 1e-5), F.rms_norm(x, (8,), inputs[1], 1e-5), rtol=1e-12, atol=0)
-    assert torch.autograd.gradcheck(lambda *inputs: RMSNormOnCPU.apply(*inputs, 1e-5), inputs)
+    assert_close(rms_norm(x, (8,), inputs[1], 1e-5), F.rms_norm(x, (8,), inputs[1], 1e-5), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), inputs)
     strided = x.detach().transpose(0, 2).requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: RMSNormOnCPU.apply(*inputs, 1e-5), strided)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), strided)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -237,9 +239,11 @@ def test_uniformity_of_equal_points_and_of_a_square():
     assert_close(jepa.uniform(square, square), torch.tensor(pairs).exp().mean().log())
     same = square[:1].expand(4, 2)
     assert_close(jepa.uniform(same, same), torch.tensor(0.0))
-    text, code = torch.randn(2, 9, 5)
-    apart = [torch.pdist(F.normalize(x, dim=-1)).square().mul(-2).exp().mean().log() for x in (text, code)]
-    assert_close(jepa.uniform(text, code), jepa.cosine(text, code) + sum(apart) / 2)
+    for n in (2, 9):
+        text, code = torch.randn(2, n, 5)
+        apart = [torch.pdist(F.normalize(x, dim=-1)).square().mul(-2).exp().mean().log() for x in (text, code)]
+        assert_close(jepa.uniform(text, code), jepa.cosine(text, code) + sum(apart) / 2)
+    assert_close(jepa.uniform(text[:1], code[:1]), jepa.cosine(text[:1], code[:1]))
 
 
 @pytest.mark.parametrize("distance", ["infonce", "uniform"])
@@ -354,3 +358,51 @@ def test_python_jepa_py_shows_the_same_losses_from_one_pass_and_from_three():
     one, three = ([float(number) for number in line.split()[-3:]] for line in done.stdout.splitlines()[-2:])
     assert one == pytest.approx(three, abs=2e-6) and all(value > 0 for value in one)
     assert "may attend to  ####.....##...." in done.stdout  # the second [PRED] sees TEXT and the first one
+
+
+def test_embed_scale_is_of_tokens_and_pred_alike(examples):
+    """Gemma's: every embedding is multiplied, also where jepa.py has looked it up."""
+    scaled, plain = (LLMJEPA(toy_decoder("llama", embed_scale=scale), 1) for scale in (3.0, 1.0))
+    with torch.no_grad():
+        plain.pred *= 3
+        plain.decoder.embed.weight *= 3
+    batch = data.collate(examples, 1)
+    assert_close(scaled.hidden(batch), plain.hidden(batch))
+
+
+def test_pred_vectors_start_within_the_cloud_of_embeddings():
+    decoder = toy_decoder("llama")
+    with torch.no_grad():
+        decoder.embed.weight.mul_(torch.linspace(0.01, 1, 32)).add_(torch.arange(32.0))
+    table, pred = decoder.embed.weight.detach(), LLMJEPA(decoder, 2000).pred.detach()
+    assert_close(pred.std(0) / table.std(0), torch.ones(32), atol=0.1, rtol=0)
+    assert ((pred.mean(0) - table.mean(0)).abs() < 0.15 * table.std(0)).all()
+
+
+def test_logits_in_parts_are_made_again_and_not_kept(decoder, examples, monkeypatch):
+    made, logits = [], decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda states: made.append(len(states)) or logits(states))
+    monkeypatch.setattr(jepa, "LOGITS_AT_ONCE", 3 * 50)
+    LLMJEPA(decoder, 1)(data.collate(examples, 1)).total.backward()
+    assert len(made) == 2 * math.ceil(data.count(examples)[0] / 3) and max(made) == 3
+
+
+def test_recomputed_blocks_run_twice(decoder, examples):
+    model, passes = LLMJEPA(decoder, 1), []
+    decoder.blocks[1].register_forward_pre_hook(lambda *_: passes.append(1))
+    decoder.checkpoint_activations = True
+    model(data.collate(examples, 1)).total.backward()
+    assert len(passes) == 2
+    model.eval()(data.collate(examples, 1)).total.backward()
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "learned", "norm": "layer", "gated": False, "mlp_bias": True}])
+def test_initial_weights_are_gpt2s(changes):
+    torch.manual_seed(0)
+    for name, p in Decoder(Config(500, 8, 4, 64, 128, tied=False, **changes)).named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / 4 if name.split(".")[-2] in ("o_proj", "down_proj") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name

@@ -244,3 +244,15 @@ def test_bad_files_of_adapters(name, tmp_path):
     with pytest.raises(UserError, match=match) as caught:
         lora.load(toy_decoder("llama"), tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_dropout_is_in_front_of_the_adapter_alone(decoder, tmp_path):
+    """While B is zero, dropout changes nothing."""
+    batch = torch.arange(1, 11)[None]
+    before = decoder(batch)
+    lora.add(decoder, 4, dropout=0.5)
+    assert decoder.training and torch.equal(decoder(batch), before)
+    a = torch.cat([layer.a.flatten() * layer.base.in_features**0.5 for layer in lora.adapted_layers(decoder).values()])
+    assert a.std().item() == pytest.approx(1, abs=0.1)
+    lora.save(decoder, tmp_path, "base")
+    assert json.loads((tmp_path / lora.CONFIG).read_text())["lora_dropout"] == 0.5

@@ -41,8 +41,8 @@ def same(one, other):
     for name in ("model", "pred"):
         files = (load_file(folder / f"best/{name}.safetensors") for folder in (one, other))
         assert_close(*files, rtol=0, atol=1e-6)
-    mine, theirs = ([(line["step"], line.get("total", line.get("val_total"))) for line in log(folder)]
-                    for folder in (one, other))
+    mine, theirs = ([(line["step"], line.get("total", line.get("val_total")), line.get("grad_norm", 0))
+                     for line in log(folder)] for folder in (one, other))
     assert torch.tensor(mine).numpy() == pytest.approx(torch.tensor(theirs).numpy(), rel=1e-5)
 
 

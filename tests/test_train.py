@@ -1,5 +1,6 @@
 """The loop: a task learnt, runs resumed, micro-batches and processes that change nothing, mistakes told in one line."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import toy_decoder
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import data
+import hf
 import train as train_script
+from evaluation import encodings, plots
 from hf import lora, runs, weights
 from jepa import LLMJEPA
 from support import cli, processes
@@ -158,11 +162,11 @@ def test_a_dropped_step_shows_no_jepa_loss(tmp_path):
     """0.000 would look like success."""
     shown, norm, sums = [], torch.tensor(1.0), torch.tensor([2.0, 2.0, 0.0])
     bar = Namespace(set_postfix_str=lambda text, refresh: shown.append(text))
-    run = Namespace(step=1, skipped=0, args=Namespace(out=tmp_path),
+    run = Namespace(step=1, skipped=0, args=Namespace(out=tmp_path), validations=[{"val_cosine_shuffled": 0.75}],
                           optimizer=Namespace(param_groups=[{"lr": 1.0}]))
     for jepa in (False, True):
         train_script.log_step(run, bar, 0, {"sums": sums, "norm": norm, "jepa": jepa}, 5, 0.0)
-    assert "jepa -," in shown[0] and "jepa 0.000," in shown[1]
+    assert "jepa -," in shown[0] and "jepa 0.000 (cosine of shuffled pairs 0.750)," in shown[1]
     assert [line["jepa"] for line in log(tmp_path)] == [None, 0.0]
 
 
@@ -200,7 +204,7 @@ def test_two_processes_equal_one(toy, tmp_path, accumulated):
     done = run(*torchrun, "train.py", "--out", tmp_path / "both", *flags)
     assert done.returncode == 0, done.stderr
     assert_close(state(tmp_path / "both"), state(alone), rtol=1e-4, atol=1e-5)
-    loss = lambda folder: [line["total"] for line in log(folder) if "total" in line]  # noqa: E731
+    loss = lambda folder: [[line["total"], line["grad_norm"]] for line in log(folder) if "total" in line]  # noqa: E731
     assert_close(loss(tmp_path / "both"), loss(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -441,3 +445,90 @@ def test_resume_refuses_changed_data(straight, tmp_path, refused):
     config["arguments"]["data"] = str(toy_rows(tmp_path / "other.jsonl", 9))
     (copy / "config.json").write_text(json.dumps(config))
     assert "has changed since" in refused("--resume", copy)
+
+
+def test_the_learning_rate_rises_and_falls_as_the_schedule_says():
+    """100 steps, ten of them warm-up; then a third, a half, two thirds and all of the way, worked by hand."""
+    def rates(schedule, *steps, warmup=0.1):
+        args = Namespace(lr=2.0, warmup=warmup, schedule=schedule)
+        return pytest.approx([train_script.learning_rate(step, 100, args) for step in steps])
+
+    falling = {"cosine": [1.5, 1.0, 0.5, 0.0], "linear": [4 / 3, 1.0, 2 / 3, 0.0], "constant": [2.0] * 4}
+    for schedule, expected in falling.items():
+        assert [0.2, 1.0, 2.0, 2.0] == rates(schedule, 0, 4, 9, 10)
+        assert expected == rates(schedule, 40, 55, 70, 100) and [2.0] == rates(schedule, 0, warmup=0.0)
+
+
+def test_the_log_says_epoch_and_rate(toy, tmp_path):
+    inside("--out", tmp_path / "run", *toy, *SMALL)
+    lines = [line for line in log(tmp_path / "run") if "lm" in line]
+    args = Namespace(lr=3e-3, warmup=0.03, schedule="cosine")
+    assert [line["lr"] for line in lines] == pytest.approx([train_script.learning_rate(s, 12, args) for s in range(12)])
+    assert [line["epoch"] for line in lines] == [1] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("batch_size", [4, 3, 1])
+def test_a_step_goes_down_the_clipped_gradient_of_one_mean(examples, batch_size):
+    """However it is cut, among examples with different numbers of labels: AdamW and Muon would hide a wrong scale."""
+    args = train_script.check(train_script.FLAGS.parse_args(["--batch_size", str(batch_size), "--clip", "0.5"]))
+    model, same = (LLMJEPA(toy_decoder("llama"), 1) for _ in range(2))
+    losses = same(data.collate(examples, 1))
+    losses.total.backward()
+    norm = torch.cat([p.grad.flatten() for p in same.parameters()]).norm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)  # fused: it knows found_inf
+    run = Namespace(args=args, model=model, losses=model, optimizer=optimizer, step=0, total=9, layout={},
+                    device=torch.device("cpu"), autocast=contextlib.nullcontext, failures=torch.zeros(()),
+                    skipped=torch.zeros(()))
+    taken = train_script.take_step(run, examples)
+    assert_close((taken["sums"], taken["norm"]), (torch.stack(losses).detach(), norm), rtol=1e-5, atol=1e-5)
+    for p, q in zip(model.parameters(), same.parameters(), strict=True):
+        assert_close(p.detach(), q.detach() - args.lr * q.grad * 0.5 / norm, rtol=1e-5, atol=1e-6)
+
+
+def test_shuffled_pairs_are_anew_each_epoch(toy, tmp_path, monkeypatch):
+    step, epochs = train_script.take_step, [{}, {}]
+
+    def watched(run, examples):
+        epochs[run.step // 6].update({tuple(e.full): list(e.code) for e in examples})
+        return step(run, examples)
+
+    monkeypatch.setattr(train_script, "take_step", watched)
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--shuffle_pairs")
+    assert epochs[0].keys() == epochs[1].keys() and epochs[0] != epochs[1]
+
+
+def test_best_is_the_highest_exact_match_then_the_lowest_loss(toy, tmp_path, monkeypatch):
+    coming = iter([(0.5, 2.0), (0.25, 1.0), (0.5, 3.0), (0.5, 1.5), (0.75, 9.0), (0.5, 1.0)])
+    saved, kept, save = [], [], runs.save_best
+    monkeypatch.setattr(train_script, "validate", lambda run: dict(
+        zip(("val_exact", "val_lm"), next(coming), strict=True)))
+    monkeypatch.setattr(runs, "save_best", lambda *args: saved.append(1) or save(*args))
+    monkeypatch.setattr(plots, "curves", lambda *_: kept.append(len(saved)))
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--epochs", "6", "--batch_size", "22")
+    assert kept == [1, 1, 1, 2, 3, 3]
+
+
+def test_validation_is_one_mean_over_all_rows(toy, tmp_path):
+    """Batches of four rows and one: the figures are those of one pass over all five."""
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "2", "--lam", "2")
+    found, model = log(tmp_path / "run")[-1], runs.load_model(tmp_path / "run/checkpoint").eval()
+    made = [data.example(c, hf.tokenizer("synth")) for c in data.read(toy[3])]
+    batch = data.collate(sorted(made, key=lambda e: len(e.full)), 1)
+    with torch.no_grad():
+        total, lm, distance = (loss.item() for loss in model(batch, lam=2.0))
+        cosines = encodings.cosines(*model.encodings(model.hidden(batch), batch))
+    expected = {"val_lm": lm, "val_total": total, "val_jepa": distance}
+    expected |= {f"val_cosine_{name}": value for name, value in cosines.items()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_collapse_is_told_of_once_and_only_where_there_is_a_jepa_term(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encodings, "collapsed", lambda cosines: True)
+    for lam, times in (("1", 1), ("0", 0)):
+        inside("--out", tmp_path / lam, *toy, *SMALL, "--lam", lam)
+        assert capsys.readouterr().out.count("have collapsed") == times
+    inside("--out", tmp_path / "stopped", *toy, *SMALL)
+    (tmp_path / "stopped/log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log(tmp_path / "1")[:-1]))
+    capsys.readouterr()
+    inside("--resume", tmp_path / "stopped")
+    assert "have collapsed" not in capsys.readouterr().out, "it was told before the run was stopped"

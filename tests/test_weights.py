@@ -1,6 +1,7 @@
 """Parity with `transformers` for every family, on tiny models with every parameter random; then files that are bad."""
 
 import dataclasses
+import fnmatch
 import gc
 import json
 import os
@@ -739,3 +740,22 @@ def test_fetch_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         weights.fetch("org/name")
+
+
+def test_safetensors_are_preferred_to_a_pickle(tmp_path):
+    weights.save(toy_decoder("llama"), tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not to be opened")
+    assert weights.weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    weights.load(tmp_path)
+
+
+def test_what_is_downloaded(tmp_path, monkeypatch):
+    hub, wanted = pytest.importorskip("huggingface_hub"), []
+    weights.save(toy_decoder("llama"), tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, local_files_only: wanted.extend(
+        allow_patterns) or str(tmp_path))
+    weights.fetch("org/name")
+    files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert all(any(fnmatch.fnmatch(file, pattern) for pattern in wanted) for file in files)
+    assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in wanted)
