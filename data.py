@@ -259,18 +259,10 @@ def count(examples, jepa=True):
 # ---- batches
 
 
-class Row:
-    """One row under construction: a column is (id, segment, position)."""
-
-    def __init__(self):
-        self.ids, self.segment, self.position = [], [], []
-
-    def add(self, ids, segment, start=0):
-        """Append ids whose positions count from `start`; returns the column of the last."""
-        self.ids += ids
-        self.segment += [segment] * len(ids)
-        self.position += range(start, start + len(ids))
-        return len(self.ids) - 1
+def add(row, ids, segment, start=0):
+    """Append columns (id, segment, position) to a row, positions from `start` on; returns the place of the last."""
+    row += [(token, segment, position) for position, token in enumerate(ids, start)]
+    return len(row) - 1
 
 
 def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=False, multiple=1):
@@ -287,10 +279,10 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     pred = [-1 - i for i in range(k)]
     made, label_at, label, text_at, code_at = [], [], [], [], []
     for e in examples:
-        row, at = Row(), len(made)
+        row, at = [], len(made)
         made.append(row)
-        text_column = row.add(e.full[: e.text_end], TEXT)
-        row.add(e.full[e.text_end :], ANSWER, start=e.text_end)
+        text_column = add(row, e.full[: e.text_end], TEXT)
+        add(row, e.full[e.text_end :], ANSWER, start=e.text_end)
         targets = [column for column in range(1, len(e.full)) if e.trained[column]]
         label_at += [(at, column - 1) for column in targets]  # the column before a target predicts it
         label += [e.full[column] for column in targets]
@@ -300,23 +292,22 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
         assert layout == "paper" or not e.own_text, "an example with a text view of its own needs the paper layout"
         text_length = e.text_end
         if layout == "paper":
-            row, at, text_length = Row(), len(made), len(e.text)
+            row, at, text_length = [], len(made), len(e.text)
             made.append(row)
             in_front = pred if front_pred else []
-            text_column = row.add([*e.text[: e.text_start], *in_front, *e.text[e.text_start :]], TEXT)
+            text_column = add(row, [*e.text[: e.text_start], *in_front, *e.text[e.text_start :]], TEXT)
         if pred and not front_pred and not reverse:
-            text_column = row.add(pred, PRED, start=text_length)
-        code_column = row.add([*e.code, *(pred if reverse else [])], CODE)
+            text_column = add(row, pred, PRED, start=text_length)
+        code_column = add(row, [*e.code, *(pred if reverse else [])], CODE)
         text_at.append((at, text_column))
         code_at.append((at, code_column))
 
-    width = math.ceil(max(len(row.ids) for row in made) / multiple) * multiple
-    padded = lambda columns, fill: torch.tensor([c + [fill] * (width - len(c)) for c in columns])  # noqa: E731
+    width = math.ceil(max(map(len, made)) / multiple) * multiple
+    columns = torch.tensor([row + [(0, PAD, 0)] * (width - len(row)) for row in made])  # (B, T, 3)
+    ids, segment, position = columns.permute(2, 0, 1).contiguous()  # (B, T) each
     places = lambda pairs: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)  # noqa: E731
     return Batch(
-        ids=padded([row.ids for row in made], 0),
-        segment=padded([row.segment for row in made], PAD),
-        position=padded([row.position for row in made], 0),
+        ids=ids, segment=segment, position=position,
         label_at=places(label_at), label=torch.tensor(label, dtype=torch.long),
         text_at=places(text_at), code_at=places(code_at),
     )
@@ -331,8 +322,10 @@ def main():
     parser.add_argument("--row", type=cli.whole(1), default=1, help="which row of the file to show, from 1")
     parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder")
     parser.add_argument("--k", type=cli.whole(0, 10_000), default=1, help="number of [PRED] tokens")
-    parser.add_argument("--layout", choices=["fused", "paper"], default="fused", help="see the picture in jepa.py")
-    parser.add_argument("--train_on", choices=["answer", "all"], default="answer", help="which tokens are targets")
+    parser.add_argument("--layout", choices=["fused", "paper"], default="fused",
+                        help="fused: all views in one row; paper: two rows, Text encoded anew without the system turn")
+    parser.add_argument("--train_on", choices=["answer", "all"], default="answer",
+                        help="targets: the answer and its stop token, or the whole conversation")
     args = parser.parse_args()
     tokenizer, conversations = hf.tokenizer(args.tokenizer), read(args.file)
     if args.row > len(conversations):

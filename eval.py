@@ -25,7 +25,7 @@ from support.cli import UserError
 from support.processes import hardware
 from support.rms_norm import rms_norm
 
-# Room for an answer, in tokens, by task. Longer gold answers are told of before generation starts.
+# Room for an answer, in tokens, by task. Longer gold answers are reported before generation starts.
 BUDGET = {"exact": 128, "gsm8k": 512, "spider": 256, "nq_open": 64, "hellaswag": 8, "label": 8}
 
 FLAGS = cli.parser(__doc__)
@@ -39,15 +39,16 @@ add("--task", choices=sorted(tasks.TASKS),
 add("--databases", type=Path, help="spider: folder of the databases, DIR/<db_id>/<db_id>.sqlite")
 add("--limit", type=cli.whole(1), help="only this many rows of the file, from the first")
 add("--too_long", choices=["refuse", "skip"], default="refuse",
-    help="rows longer than the model are refused, or skipped and reported")
-add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what the model was trained with")
+    help="rows that do not fit into the model's context are refused, or skipped and reported")
+add("--tokenizer", help="synth, gpt2 or a Hugging Face folder or repo id; default: what the model was trained with")
 
 add = FLAGS.add_argument_group("answers").add_argument
 add("--ask", nargs="?", const="", metavar="QUESTION",
     help="print the answer to one question, or to each that you type, and write no files. The system turn is that "
-    "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that "
-    f"file that are nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings tell them")
-add("--max_new_tokens", type=cli.whole(1), help=f"budget of an answer; default by task: {BUDGET}")
+    "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that file "
+    f"nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings can tell which are near")
+add("--max_new_tokens", type=cli.whole(1),
+    help="budget of an answer, in tokens; default by task: " + ", ".join(f"{task} {n}" for task, n in BUDGET.items()))
 add("--temperature", type=cli.number(), default=0.0,
     help="0: greedy; otherwise sample from softmax(logits / temperature)")
 add("--top_p", type=cli.number(0, 1, above=True), default=1.0,

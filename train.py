@@ -41,9 +41,9 @@ FLAGS = cli.parser(__doc__)
 add = FLAGS.add_argument_group("data").add_argument
 add("--data", type=Path, default=SYNTH / "synth_train.jsonl", help="JSONL of conversations to train on")
 add("--val", type=Path, help="JSONL to validate on after each epoch; default for the default data: synth_val.jsonl")
-add("--tokenizer", help="synth, gpt2 or a Hugging Face folder; default: what --init comes with, synth for tiny")
+add("--tokenizer", help="synth, gpt2 or a Hugging Face folder or repo id; default: that of --init, synth for tiny")
 add("--too_long", choices=["refuse", "skip"], default="refuse",
-    help="rows longer than the model are refused, or skipped and reported")
+    help="rows that do not fit into the model's context are refused, or skipped and reported")
 add("--train_on", choices=["answer", "all"], default="answer",
     help="targets: the answer and its stop token, or the whole conversation (plain text, pretraining)")
 add("--no_stop_label", action="store_true",
@@ -68,7 +68,8 @@ add("--lam", type=cli.number(), default=1.0, help="weight of the JEPA loss; 0 is
 add("--k", type=cli.whole(0, 10_000), default=1,
     help="number of [PRED] tokens after Text; 0: Text's own last state predicts")
 add("--distance", choices=DISTANCES, default="cosine",
-    help="between predicted and actual encoding of Code; infonce has the rest of the forward pass as negatives")
+    help="between predicted and actual encoding of Code. cosine is the paper's, l2 and mse are variants of it; infonce "
+    "and uniform also push different examples of a forward pass apart, which prevents collapse")
 add("--gamma", type=cli.number(), default=1.0, help="weight of the next-token loss")
 add("--loss_dropout", type=cli.number(0, 1), default=0.0,
     help="probability that a step has the next-token loss only and costs no more than plain fine-tuning")
@@ -79,7 +80,8 @@ add("--front_pred", action="store_true",
     "68.07 %% against 71.46 %% exact match (NL-RX-SYNTH, Llama-3.2-1B)")
 add("--reverse", action="store_true",
     help="Code predicts Text: [PRED] after Code. The paper found it worse: 65.70 %% against 71.46 %%")
-add("--stop_grad", choices=["none", "text", "code"], default="none", help="view that gets no gradient from JEPA")
+add("--stop_grad", choices=["none", "text", "code"], default="none",
+    help="view that gets no gradient from the JEPA loss")
 
 add = FLAGS.add_argument_group("optimisation").add_argument
 add("--optimizer", choices=["adamw", "muon"],
@@ -89,13 +91,14 @@ add("--max_steps", type=cli.whole(1), help="at most this many optimizer steps; t
 add("--batch_size", type=cli.whole(1),
     help="examples per forward pass, of all processes together; default 32 for tiny, 4 otherwise")
 add("--grad_accum", type=cli.whole(1), default=1,
-    help="forward passes per optimizer step, averaged exactly (but for distances that compare examples)")
+    help="forward passes per optimizer step, averaged exactly (infonce and uniform compare only those of one pass)")
 add("--lr", type=cli.number(), help="peak learning rate; default 3e-3 for tiny (2e-3 with adamw), 2e-5 otherwise")
-add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the rate after warm-up")
+add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the learning rate after warm-up")
 add("--warmup", type=cli.number(0, 1), default=0.03,
     help="fraction of all steps in which the learning rate rises to its peak")
 add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
-add("--clip", type=cli.number(above=True), default=1.0, help="largest norm of the gradient; not of muon's steps")
+add("--clip", type=cli.number(above=True), default=1.0,
+    help="gradients are scaled down to this norm, which Muon's steps hardly depend on")
 add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
     help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
 
@@ -157,7 +160,7 @@ def check(args):
             raise UserError(message)
     for path in filter(None, (args.data, args.val)):
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file that --resume could read again; give a JSONL file")
+            raise UserError(f"{path}: is not a regular file, so --resume could not read it again; give a JSONL file")
     if args.val is None and args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve():
         args.val = SYNTH / "synth_val.jsonl"
     return args

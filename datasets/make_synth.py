@@ -15,7 +15,6 @@ We had its rows, not its program: the grammar (grammar.json) was inferred from t
 README.md, beside this script, says which sample of the language that is.
 """
 
-import contextlib
 import json
 import random
 import re
@@ -177,16 +176,6 @@ def to_line(question, answer):
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n"
 
 
-def write(files, force):
-    """Write {path: bytes}, all of them or none; other content that is already there needs `force`."""
-    for path, content in files.items():
-        if path.exists() and path.read_bytes() != content and not force:
-            raise cli.UserError(f"{path}: exists with other content; move it away, or give --force to replace it")
-    with contextlib.ExitStack() as all_written:
-        for path, content in files.items():
-            all_written.enter_context(cli.writing(path)).write_bytes(content)
-
-
 def read_pairs(path):
     """The (question, answer) pairs of a chat JSONL file."""
     pairs = []
@@ -258,7 +247,8 @@ def main():
     if args.check is not None:
         return show_figures([pair for path in args.check or paths.values() for pair in read_pairs(path)])
     splits = make_splits(args.seed, {name: getattr(args, name) for name in SPLITS})
-    write({paths[name]: "".join(to_line(*pair) for pair in splits[name]).encode() for name in SPLITS}, args.force)
+    files = {paths[name]: "".join(to_line(*pair) for pair in splits[name]).encode() for name in SPLITS}
+    cli.write_files(files, args.force)
     for name, path in paths.items():
         print(f"{path}: {len(splits[name]):,} rows")
 

@@ -36,11 +36,7 @@ def main():
     except ValueError:  # no pair of tokens is left to merge
         raise cli.UserError(f"{args.data}: {len(rows)} rows are too little text for {size} tokens; give more") from None
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    if args.out.exists() and args.out.read_bytes() != lines and not args.force:
-        raise cli.UserError(f"{args.out}: exists with other content, and runs may depend on it; choose another --out, "
-                            "or give --force to replace it")
-    with cli.writing(args.out) as unfinished:
-        unfinished.write_bytes(lines)
+    cli.write_files({args.out: lines}, args.force)
     print(f"{args.out}: {len(ranks)} tokens from {len(rows)} rows")
 
 

@@ -158,6 +158,16 @@ def write(path, text):
         unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may be no text
 
 
+def write_files(files, force):
+    """Write {path: bytes}, all of them or none; other content that is already there needs `force`, the flag --force."""
+    for path, content in files.items():
+        if path.exists() and path.read_bytes() != content and not force:
+            raise UserError(f"{path}: exists with other content; move it away, or give --force to replace it")
+    with contextlib.ExitStack() as all_written:
+        for path, content in files.items():
+            all_written.enter_context(writing(path)).write_bytes(content)
+
+
 def write_json(path, value):
     write(path, json.dumps(value, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support import cli
 from support.cli import UserError
 
 SCRIPT = Path(__file__).parent.parent / "datasets" / "make_synth.py"
@@ -352,7 +353,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left"):
-        synth.write({tmp_path / name: b"content" for name in ("train", "val")}, force=False)
+        cli.write_files({tmp_path / name: b"content" for name in ("train", "val")}, force=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -365,7 +365,7 @@ def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
     (["--init", "nowhere/at-all/nothing"], "nowhere/at-all/nothing"),
     (["--device", "toaster"], "--device toaster"),
     (["--device", "hpu"], "--device hpu"),
-    (["--data", "/dev/null"], "/dev/null: is no file that --resume could read"),
+    (["--data", "/dev/null"], "/dev/null: is not a regular file"),
     (["--block_size", "5"], "train.jsonl:1: needs"),
     (["--lora_rank", "4"], "--init"),
     (["--resume", "nowhere"], "nowhere: no run here"),
