@@ -19,11 +19,9 @@ from pathlib import Path
 
 import data
 from evaluation import answers, ask, encodings, generate, report, tasks
-from model import RMSNorm
 from support import cli
 from support.cli import UserError
 from support.processes import hardware
-from support.rms_norm import rms_norm
 
 # Room for an answer, in tokens, by task. Longer gold answers are reported before generation starts.
 BUDGET = {"exact": 128, "gsm8k": 512, "spider": 256, "nq_open": 64, "hellaswag": 8, "label": 8}
@@ -219,7 +217,6 @@ def converse(args):
 
 def main():
     args = check(FLAGS.parse_args())
-    RMSNorm.formula = staticmethod(rms_norm)
     if args.ask is not None:
         return converse(args)
     names = report.short_names(args.runs)

@@ -35,8 +35,10 @@ import data
 import hf
 from hf import lora, weights
 from jepa import LLMJEPA
+from model import RMSNorm
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
+from support.rms_norm import rms_norm
 
 NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
 
@@ -335,6 +337,7 @@ def open_model(path, device, tokenizer=None):
 
     tokenizer: the name of another one than the model's own.
     """
+    RMSNorm.formula = staticmethod(rms_norm)
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
     within = folder.resolve().parent  # of a run's best/
     run = folder if is_run(path) else within if (within / "config.json").exists() and is_run(within) else None

@@ -1,4 +1,4 @@
-"""RMSNorm on CPUs, for which torch has no kernel, in half the time of F.rms_norm: train.py and eval.py make it the
+"""RMSNorm on CPUs, for which torch has no kernel, in half the time of F.rms_norm: whoever trains or evaluates makes it the
 `formula` of `model.RMSNorm`. y = x r w, r = 1 / sqrt(mean(x^2) + eps)."""
 
 import torch

@@ -808,11 +808,12 @@ def test_a_model_that_changes_while_it_is_read_is_refused(trained, tmp_path, mon
 
 
 def test_results_in_a_models_folder_do_not_change_the_model(trained):
-    before = runs.model_files(ORACLE)
     copy = Path(shutil.copytree(trained[1] / "best", trained[1].parent / "model"))
+    before = runs.digest(*runs.model_files(copy))
     (copy / "metrics.json").write_text("{}")
-    assert [path.name for path in runs.model_files(copy)] == [p.name for p in runs.model_files(trained[1] / "best")]
-    assert before == sorted(before) and before
+    assert runs.digest(*runs.model_files(copy)) == before
+    (copy / "config.json").write_text("{}")
+    assert runs.digest(*runs.model_files(copy)) != before
 
 
 def test_a_closed_standard_output_is_no_mistake(rows):

@@ -328,9 +328,15 @@ def test_no_result_names_a_folder_of_a_machine():
         assert not re.search(r'"/|[ =]/(home|root|work|tmp|Users)/', path.read_text(encoding="utf-8")), path
 
 
-def test_the_picture_of_a_grid(results):
+def test_the_picture_of_a_grid(results, monkeypatch):
+    """Across: retrieval@1; upwards: exact match; a point for each seed of an arm, and one for their mean."""
     report.draw_grid("toy", results / "toy.png")
     assert (results / "toy.png").stat().st_size > 5000
+    figures = []
+    monkeypatch.setattr(report.plots, "save", lambda figure, path: figures.append(figure))
+    report.draw_grid("toy", results / "toy.png")
+    seeds, mean, *others = [drawn.get_offsets().tolist() for drawn in figures[0].axes[0].collections]
+    assert seeds == [[12.5, 20.0], [12.5, 30.0]] and mean == [[12.5, 25.0]] and len(others) == 4
 
 
 def test_the_mask_picture_is_the_committed_one():
