@@ -137,6 +137,17 @@ def time_steps(forms, config, steps, device):
     return found
 
 
+def profile(form, device, dtype):
+    """{kernel: share of the time} of three steps, by torch's profiler: those of at least 2 %."""
+    with torch.profiler.profile() as seen:
+        for number in range(3):
+            train_step(form, device, dtype, number)
+    column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    spent = {event.key.removeprefix("aten::"): getattr(event, column) for event in seen.key_averages()}
+    shares = {name: time / sum(spent.values()) for name, time in sorted(spent.items(), key=lambda item: -item[1])}
+    return {name: round(share, 3) for name, share in shares.items() if share >= 0.02}
+
+
 def peak_memory():
     """MiB: the most that this process ever held. Not ru_maxrss where there is better: it begins at the parent's."""
     status = Path("/proc/self/status")
@@ -210,9 +221,11 @@ def tables(found):
     for row in found["decoding"]:
         ratios = [f"{row['rows_per_s'] / other['rows_per_s']:.1f}" for other in slower]
         decoding.append([row["form"], f"{row['rows_per_s']:.1f}", *ratios, f"{row['same_text']:.1%}"])
+    where = [f"- a {row['form']} step in {row['dtype']} goes to: " + ", ".join(
+        f"{name} {share:.0%}" for name, share in row["profile"].items()) for row in found["steps"] if "profile" in row]
     ceilings = {row["dtype"]: f"{row['ceiling'] / 1e9:.0f} GFLOP/s in {row['dtype']}" for row in found["steps"]}
     return [f"{found['about']}; the ceiling is {', '.join(ceilings.values())}.", "", *markdown(steps), "",
-            *markdown(decoding)]
+            *markdown(decoding), *([""] if where else []), *where]
 
 
 def machine():
@@ -282,6 +295,8 @@ def measure(args, model, forms, make_forms, decoding, **more):
     steps = time_steps(forms, model.decoder.config, args.steps, device)
     for row in steps:
         row["mib"] = in_fresh_process(memory_of_steps, make_forms, args, row["form"], row["dtype"])
+        if row["form"] == "LLM-JEPA, fused":
+            row["profile"] = profile(forms[row["form"]], device, row["dtype"])
     found = {"command": command, "about": about, "batch_size": args.batch_size, **more, "machine": machine(),
              "steps": steps, "decoding": decoding}
     print("\n".join(tables(found)))
