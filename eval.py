@@ -168,6 +168,7 @@ def scored(found, conversations, args):
     for answer, conversation in answers.progress(list(zip(found, conversations, strict=True)), "scores"):
         question, gold = (message["content"] for message in conversation.messages[-2:])
         row = answer | {"text": question, "gold": gold, "exact": tasks.exact(answer["output"], gold)}
+        # exact match is equal text, white space at both ends aside, and never that of an empty output
         row |= tasks.judge(row, args.task, args.databases, args.is_regex)  # everything but exact match
         rows.append(row)
         if "cannot_score" in row:

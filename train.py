@@ -180,7 +180,7 @@ class Run:
     device: torch.device
     autocast: Callable  # a context for the forward pass
     layout: dict  # how `data.collate` lays out the views
-    losses: torch.nn.Module = None  # the model to call in training: itself, or the wrapper of several processes
+    wrapped: torch.nn.Module = None  # the model to call in training: itself, or the wrapper of several processes
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # optimizer steps done
     total: int = 0  # of this run
@@ -193,6 +193,25 @@ class Run:
 # ---- one optimizer step
 
 
+def make_optimizer(model, args):
+    """AdamW; with --optimizer muon, Muon for the matrices of the blocks. Weight decay pulls on matrices only: not on
+    norms, biases or the [PRED] vectors."""
+    in_blocks, matrices, others = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2 or name == "pred":
+            others.append(p)
+        elif args.optimizer == "muon" and ".blocks." in name:
+            in_blocks.append(p)
+        else:
+            matrices.append(p)
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if in_blocks:
+        groups.append({"params": in_blocks, "weight_decay": args.weight_decay, "muon": True})
+    return Muon(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)  # which is AdamW for groups without "muon"
+
+
 def learning_rate(step, total, args):
     """Linear warm-up, then the schedule; cosine and linear would reach zero at step == total."""
     warmup = max(1, round(args.warmup * total))
@@ -201,6 +220,19 @@ def learning_rate(step, total, args):
     progress = (step - warmup) / max(1, total - warmup)
     shape = {"cosine": 0.5 + 0.5 * math.cos(math.pi * progress), "linear": 1 - progress, "constant": 1.0}
     return args.lr * shape[args.schedule]
+
+
+def batch_of(run, examples, jepa):
+    """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
+    takes part with one that has no labels and no pairs."""
+    own = examples[RANK::WORLD]
+    # few widths, and aligned ones, where torch chooses or makes kernels for each
+    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
+    batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
+    if own:
+        return batch
+    return batch._replace(label_at=batch.label_at[:0], label=batch.label[:0],
+                          text_at=batch.text_at[:0], code_at=batch.code_at[:0])
 
 
 def take_step(run, examples):
@@ -217,7 +249,7 @@ def take_step(run, examples):
         batch = batch_of(run, examples[start : start + args.batch_size], jepa)
         tokens += (batch.segment != PAD).sum().item()
         with run.autocast():
-            part = run.losses(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
+            part = run.wrapped(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed
         sums += torch.stack(part).detach()
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
@@ -233,34 +265,6 @@ def take_step(run, examples):
     run.skipped += optimizer.found_inf
     run.step += 1
     return {"sums": sums, "norm": norm, "tokens": tokens, "jepa": jepa}
-
-
-def batch_of(run, examples, jepa):
-    """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
-    takes part with one that has no labels and no pairs."""
-    own = examples[RANK::WORLD]
-    # few widths, and aligned ones, where torch chooses or makes kernels for each
-    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
-    batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
-    if own:
-        return batch
-    return batch._replace(label_at=batch.label_at[:0], label=batch.label[:0],
-                          text_at=batch.text_at[:0], code_at=batch.code_at[:0])
-
-
-def make_optimizer(model, args):
-    """AdamW; with --optimizer muon, Muon for the matrices of the blocks. Weight decay pulls on matrices only: not on
-    norms, biases or the [PRED] vectors."""
-    in_blocks, matrices, others = [], [], []
-    for name, p in model.named_parameters():
-        by_muon = args.optimizer == "muon" and ".blocks." in name
-        kind = others if p.dim() < 2 or name == "pred" else in_blocks if by_muon else matrices
-        if p.requires_grad:
-            kind.append(p)
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if in_blocks:
-        groups.append({"params": in_blocks, "weight_decay": args.weight_decay, "muon": True})
-    return Muon(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)  # which is AdamW for groups without "muon"
 
 
 # ---- around the steps
@@ -377,7 +381,7 @@ def validate_if_due(run, per_epoch):
 # ---- the command
 
 
-def tiny(args, vocab_size):
+def from_scratch(args, vocab_size):
     """A Llama-style decoder from scratch: RoPE, RMSNorm, SwiGLU with an inner width of about 8/3 of d_model."""
     d_ff = max(32, args.d_model * 8 // 3 // 32 * 32)
     return Decoder(Config(vocab_size, args.n_layer, args.n_head, args.d_model, d_ff, block_size=args.block_size))
@@ -388,7 +392,7 @@ def make_model(args, tokenizer, source):
     folder = runs.standing(args.resume, "checkpoint") if args.resume else None
     if folder and not args.shard:  # a sharded model is filled later, in each process its part: `load_checkpoint`
         return runs.load_model(folder, args.lora_dropout)
-    model = LLMJEPA(weights.load(source) if source else tiny(args, tokenizer.vocab_size), args.k)
+    model = LLMJEPA(weights.load(source) if source else from_scratch(args, tokenizer.vocab_size), args.k)
     if args.lora_rank:
         lora.add(model.decoder, args.lora_rank, args.lora_alpha, args.lora_dropout)
     return model
@@ -421,7 +425,7 @@ def prepare(args):
     if args.compile:
         for block in model.decoder.blocks:
             block.compile(dynamic=True)
-    run.losses = processes.spread(model, args.shard)
+    run.wrapped = processes.spread(model, args.shard)
     run.optimizer = make_optimizer(model, args)
     return run
 

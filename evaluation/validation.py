@@ -4,7 +4,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from evaluation import encodings, generate
+from evaluation import encodings, generate, tasks
 from support.processes import RANK
 
 COLLAPSED = (
@@ -57,9 +57,10 @@ def exact_match(run, sample):
     for i, (conversation, _) in enumerate(sample):
         question, gold = (message["content"].strip() for message in conversation.messages[-2:])
         output = run.tokenizer.decode(answers[i].ids).strip()
-        exact += output == gold
+        right = tasks.exact(output, gold)
+        exact += right
         if i < 3 and RANK == 0:
-            verdict = "right" if output == gold else f"wrong, gold is {gold}"
+            verdict = "right" if right else f"wrong, gold is {gold}"
             tqdm.write(f"  {question}\n    -> {output}   ({verdict})")
     stopped = sum(answer.stopped for answer in answers.values())
     return {"val_exact": exact / len(sample), "val_stop_rate": stopped / len(sample)}

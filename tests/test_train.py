@@ -476,7 +476,7 @@ def test_a_step_goes_down_the_clipped_gradient_of_one_mean(examples, batch_size)
     losses.total.backward()
     norm = torch.cat([p.grad.flatten() for p in same.parameters()]).norm()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)  # fused: it knows found_inf
-    run = Namespace(args=args, model=model, losses=model, optimizer=optimizer, step=0, total=9, layout={},
+    run = Namespace(args=args, model=model, wrapped=model, optimizer=optimizer, step=0, total=9, layout={},
                     device=torch.device("cpu"), autocast=contextlib.nullcontext, failures=torch.zeros(()),
                     skipped=torch.zeros(()))
     taken = train_script.take_step(run, examples)
