@@ -136,8 +136,13 @@ def grid_table(name):
         table.append([arm, str(len(cells)), texts[0], *against, *texts[1:]])
     absent = [f"of {', '.join(arms)} seeds {seeds}" for seeds, arms in missing.items()]
     not_run = ["", f"Not run: {'; '.join(absent)}."] if missing else []
-    picture = f"![{name}: exact match against retrieval@1](results/{name}.png)"
-    return [*conditions(name, found), "", *markdown(table), *not_run, "", picture]
+    picture = ["", f"![{name}: exact match against retrieval@1](results/{name}.png)"] if has_picture(name) else []
+    return [*conditions(name, found), "", *markdown(table), *not_run, *picture]
+
+
+def has_picture(name):
+    """Is there an arm with a JEPA term, and so anything to retrieve by?"""
+    return any(flags.split()[:2] != ["--lam", "0"] for flags in GRIDS[name]["arms"].values())
 
 
 def conditions(name, found):
@@ -204,7 +209,7 @@ def main():
         lines = section(name)
         text = fill(text, name, lines)
         print("\n".join([f"## {name}", "", *lines, ""]))
-        if name in GRIDS and any(read_grid(name).values()):
+        if name in GRIDS and any(read_grid(name).values()) and has_picture(name):
             draw_grid(name, ROOT / RESULTS / f"{name}.png")
     cli.write(README, text)
 
