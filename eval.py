@@ -46,7 +46,8 @@ add("--ask", nargs="?", const="", metavar="QUESTION",
     "of the first row of --data, or else of the data that the run was trained on. With --data the Codes of that file "
     f"nearest to the question are shown as well, the best {ask.SHOWN}, if the encodings can tell which are near")
 add("--max_new_tokens", type=cli.whole(1),
-    help="budget of an answer, in tokens; default by task: " + ", ".join(f"{task} {n}" for task, n in BUDGET.items()))
+    help="budget of an answer, in tokens; default by task: " + ", ".join(f"{task} {n}" for task, n in BUDGET.items())
+    + "; the largest for --ask without --data")
 add("--temperature", type=cli.number(), default=0.0,
     help="0: greedy; otherwise sample from softmax(logits / temperature)")
 add("--top_p", type=cli.number(0, 1, above=True), default=1.0,

@@ -333,15 +333,13 @@ def is_run(path):
 
 def open_model(path, device, tokenizer=None):
     """The `Opened` model of a run folder (its best checkpoint if it has one, else its last), of such a checkpoint, or
-    of a Hugging Face folder.
-
-    tokenizer: the name of another one than the model's own.
-    """
+    of a Hugging Face folder. tokenizer: the name of another one than the model's own."""
     RMSNorm.formula = staticmethod(rms_norm)
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
-    within = folder.resolve().parent  # of a run's best/
-    run = folder if is_run(path) else within if (within / "config.json").exists() and is_run(within) else None
-    if run:
+    run, within = folder, folder.resolve().parent
+    if not is_run(path) and folder.resolve().name in ("best", "checkpoint") and (within / "log.jsonl").exists():
+        run = within
+    if is_run(run):
         arguments = settings(run)["arguments"]
         kinds = ["best"] if arguments.get("shard") else ["best", "checkpoint"]  # a part of a model cannot be opened
         folder = standing(run, *kinds) if run == folder else folder

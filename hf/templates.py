@@ -59,9 +59,9 @@ def functions(folder):
     folder, plain = Path(folder), None
     settings, special = read_settings(folder)
     template = read_template(folder, settings)
-    public, private, names = read_tokenizer(folder / "tokenizer.json", template or "")
-    encode, inside = partial(private.encode, add_special_tokens=False), partial(encode_inside, private)
     printed = "".join([template or "", special.get("bos_token", ""), special.get("eos_token", "")])
+    public, private, names = read_tokenizer(folder / "tokenizer.json", printed)
+    encode, inside = partial(private.encode, add_special_tokens=False), partial(encode_inside, private)
     if template is None:
         chat, stop = None, special.get("eos_token")
         if stop is None:  # as in GPT-2's own folder
@@ -101,7 +101,7 @@ def functions(folder):
 # ---- tokenizer.json
 
 
-def read_tokenizer(path, template):
+def read_tokenizer(path, printed):
     """The tokenizer, its copy with secret names for control tokens, and {control token: secret name}."""
     import tokenizers
 
@@ -110,7 +110,7 @@ def read_tokenizer(path, template):
         spec |= {"truncation": None, "padding": None}  # some files ask for these, and a row must not be cut in silence
         spec["model"]["dropout"] = None  # BPE dropout draws at random: the same text would get other ids each time
         public = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        names = secret_names(public, spec, template)
+        names = secret_names(public, spec, printed)
         private = tokenizers.Tokenizer.from_str(json.dumps(renamed(spec, names)))
         if any(private.token_to_id(secret) != public.token_to_id(token) for token, secret in names.items()):
             raise ValueError("its added tokens contradict its vocabulary")
@@ -119,9 +119,9 @@ def read_tokenizer(path, template):
     return public, private, names
 
 
-def secret_names(public, spec, template):
+def secret_names(public, spec, printed):
     """{control token: a name that no text has in it}. Control tokens are the added tokens that are special, or that
-    the template's source has (Qwen-3's <think>), except for blanks.
+    stand in `printed`, the template's source (Qwen-3's <think>) with BOS and EOS, except for blanks.
 
     All others (Gemma's <b> and runs of spaces) are text like any other, and so are tokens that the library overlooks in
     running text, which happens where the normalizer alters them.
@@ -129,7 +129,7 @@ def secret_names(public, spec, template):
     key, names = secrets.token_hex(8), {}
     for token in spec.get("added_tokens") or []:
         text, number = token["content"], token["id"]
-        control = token["special"] or text in template and text.replace("▁", " ").strip()
+        control = token["special"] or text in printed and text.replace("▁", " ").strip()
         found = number in public.encode(f".{text}.", add_special_tokens=False).ids
         if found and control and not re.fullmatch(BYTE, text):
             names[text] = f"{key}x{number}x"

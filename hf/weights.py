@@ -39,7 +39,7 @@ def without_values(config):
 
 
 def load(folder):
-    """The Decoder in a folder, fp32 on the CPU. Takes little more memory than its weights: nothing is held twice."""
+    """The Decoder in a folder, fp32 on the CPU, held once in memory. UserError: it is not as config.json says."""
     folder, found = Path(folder), {}
     decoder = without_values(config(folder))
     size = 4 * sum(parameter.numel() for parameter in decoder.parameters())

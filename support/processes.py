@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from support.cli import Stopped, UserError
 
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # set by torchrun
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # a RANK alone is of something else
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # a RANK alone is of something else
 
 
 def hardware(name="auto", dtype="float32"):

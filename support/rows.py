@@ -23,7 +23,7 @@ BOM = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 def read(path):
     """One dict {"messages", "where", "text", "code"} per row, one at a time: a file may be larger than the memory. The
-    views are None where a row has none of its own."""
+    views are None where a row has none of its own. UserError: file, line and what is wrong."""
     path, empty = Path(path), True
     try:
         with open(path, "rb") as file:

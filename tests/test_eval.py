@@ -134,6 +134,8 @@ def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
         batch = data.collate(examples, 1, layout="paper", reverse=True)
         text, code = model.encodings(model.hidden(batch), batch)
     call(tmp_path / "run/best", "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "best")
+    other = Path(shutil.copytree(tmp_path / "run/best", tmp_path / "run/other"))
+    assert runs.open_model(other, "cpu", "synth").layout == {}, "a folder that happens to lie there is not the run's"
     for folder in ("run", "best"):  # the weights do not say how they were trained, but the run does
         found = metrics(tmp_path / folder)["representation"]["cosine_aligned"]
         assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)

@@ -168,6 +168,16 @@ def test_on_a_cpu_attention_is_in_float32_under_autocast(softcap, monkeypatch):
     assert logits.dtype == torch.bfloat16 and dtypes == [torch.float32] * 4
 
 
+def test_autocast_casts_once_for_all_projections():
+    model, dtypes = Decoder(Config(50, 1, 2, 16, 32)), []
+    for module in (model.blocks[0].attn.q_proj, model.blocks[0].mlp.gate_proj):
+        module.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(torch.ones(1, 3, dtype=torch.long))
+        assert dtypes[-2:] == [dtype] * 2
+
+
 @pytest.mark.parametrize("distance", sorted(DISTANCES))
 def test_encodings_are_compared_in_float32_under_autocast(distance, decoder, examples):
     model, batch = LLMJEPA(decoder, 1), data.collate(examples, 1)
