@@ -147,19 +147,26 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D): all columns so far
-        y = self.attend(q, k, v, mask[:, None])  # the mask is the same for every head: (B, 1, T, S)
+        y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     @torch.autocast("cpu", enabled=False)  # or it would take q, k and v to bfloat16 again
     def attend(self, q, k, v, mask):
-        """softmax(scale q k^T, over the columns that the mask allows) v: (B, H, T, D)."""
-        c, grouped = self.config, self.config.n_kv_head < self.config.n_head
+        """softmax(scale q k^T, over the columns that the mask allows) v: (B, H, T, D).
+
+        The H/G query heads that share keys are laid one after another, as that many times T queries of one head. (CUDA
+        has no fused kernel for `enable_gqa` with a mask, and decoding would read keys and values once for each head.)
+        """
+        c, sharing = self.config, self.config.n_head // self.config.n_kv_head
+        q = q.unflatten(1, (-1, sharing)).flatten(2, 3)  # (B, G, H/G*T, D)
+        mask = mask[:, None, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)  # (B, 1, H/G*T, S)
         scale = c.attn_scale or c.head_dim**-0.5
         if c.attn_softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))  # no fused kernel caps the scores
-        scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
-        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        else:  # no fused kernel caps the scores
+            scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
+            y = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+        return y.unflatten(2, (sharing, -1)).flatten(1, 2)
 
 
 class MLP(nn.Module):

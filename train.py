@@ -402,7 +402,6 @@ def prepare(args):
     """The `Run` of these settings: tokenizer, model, rows, optimizer."""
     device, autocast = processes.hardware(args.device, args.dtype)
     processes.start(device)
-    processes.keep_memory()
     RMSNorm.formula = staticmethod(rms_norm)
     torch.manual_seed(args.seed)
     tokenizer = hf.tokenizer(args.tokenizer)

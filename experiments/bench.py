@@ -35,7 +35,7 @@ from jepa import LLMJEPA, PAD
 from model import Config, Decoder, RMSNorm
 from support import cli
 from support.cli import UserError
-from support.processes import hardware, has_bfloat16, keep_memory
+from support.processes import hardware, has_bfloat16
 from support.rms_norm import rms_norm
 
 KINDS = {  # what is timed: arguments of data.collate
@@ -260,7 +260,6 @@ def flags(doc, **defaults):
 
 def open_model(args):
     """(LLMJEPA, examples, batches of prompts, id of the stop token) that the flags name; without --init, of seed 0."""
-    keep_memory()  # as train.py does
     RMSNorm.formula = staticmethod(rms_norm)
     torch.manual_seed(0)
     tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")

@@ -131,12 +131,9 @@ def settings(run):
 
 def flags(run):
     """The settings of a run as command-line flags, so that --resume checks them as it checks what a user types."""
-    found = []
-    for name, value in ({"optimizer": "adamw"} | settings(run)["arguments"]).items():  # older runs do not name it
-        if name in ("out", "resume") or value is None or value is False:
-            continue
-        found += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    return found
+    kept = {"optimizer": "adamw"} | settings(run)["arguments"]  # older runs do not name it
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in kept.items()
+            if name not in ("out", "resume") and value is not None and value is not False]
 
 
 def check_unchanged(args, run):
@@ -348,8 +345,7 @@ def open_model(path, device, tokenizer=None):
             raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
         own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()
         name = str(folder) if own else arguments["tokenizer"]
-        layout = {"layout": arguments["layout"]} | {
-            key: bool(arguments.get(key)) for key in ("front_pred", "reverse")}
+        layout = {"layout": arguments["layout"]} | {key: bool(arguments.get(key)) for key in ("front_pred", "reverse")}
     files, name = model_files(folder), tokenizer or name
     if (folder / "adapter_config.json").exists():
         files += model_files(weights.fetch(lora.base_of(folder)))

@@ -30,6 +30,7 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # a RANK alone is of 
 def hardware(name="auto", dtype="float32"):
     """(device, autocast): where to run; a function that makes the context in which matrix products run in bfloat16, if
     that is wanted. dtype "auto" is bfloat16 on NVIDIA GPUs that have it, and float32 elsewhere."""
+    keep_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD > 1:
@@ -55,8 +56,8 @@ def has_bfloat16(device):
 
 
 def keep_memory():
-    """Let this process keep what a step of training frees, in blocks of up to 2 GiB. By itself glibc returns blocks
-    over 32 MiB, and the free end of its heap, to the system, and the next step gets them back page by page."""
+    """Let this process keep what a step frees, in blocks of up to 2 GiB. By itself glibc returns blocks over 32 MiB,
+    and the free end of its heap, to the system, and the next step gets them back page by page."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h; older ones take no more
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -29,6 +29,17 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch, flags):
     assert torch.isfinite(taken["sums"]).all() and not run.skipped
 
 
+def test_heads_that_share_keys_run_in_a_fused_kernel():
+    """torch raises here where only attention written out, with all its scores in memory, would do."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from model import Config, Decoder
+
+    decoder = Decoder(Config(64, n_layer=1, n_head=4, n_kv_head=2, d_model=256, d_ff=64)).cuda()
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        decoder(torch.ones(2, 16, dtype=torch.long, device="cuda")).sum().backward()
+
+
 def test_bfloat16_is_the_default_on_a_gpu_that_has_it():
     from support import processes
 

@@ -153,6 +153,20 @@ def test_rms_norm_of_cpus():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), strided)
 
 
+def test_heads_that_share_keys_need_no_kernel_of_their_own(monkeypatch):
+    """CUDA's fused kernels want as many heads of keys as of queries wherever there is a mask."""
+    attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask, **more):
+        assert "enable_gqa" not in more
+        shapes.append((tuple(q.shape), tuple(k.shape), tuple(attn_mask.shape)))
+        return attention(q, k, v, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    Decoder(Config(50, 1, 6, 24, 32, n_kv_head=2))(torch.ones(5, 7, dtype=torch.long))
+    assert shapes == [((5, 2, 21, 4), (5, 2, 7, 4), (5, 1, 21, 7))]
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_on_a_cpu_attention_is_in_float32_under_autocast(softcap, monkeypatch):
     dtypes, attend = [], Attention.attend

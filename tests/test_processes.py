@@ -189,6 +189,13 @@ def test_memory_is_kept_from_step_to_step():
     assert 4 * count("keep") < count()
 
 
+def test_whoever_chooses_the_hardware_keeps_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(processes, "keep_memory", lambda: called.append(True))
+    processes.hardware("cpu")
+    assert called == [True]
+
+
 def test_an_older_glibc_keeps_what_it_can(monkeypatch):
     """Before 2.35 it refuses to keep blocks over 32 MiB, and what it then keeps must not be less than by itself."""
     calls = []

@@ -275,13 +275,6 @@ def test_a_run_without_pred_tokens_can_go_on(toy, tmp_path):
     assert_close(state(tmp_path / "run"), before, rtol=0, atol=0)
 
 
-def test_training_keeps_memory(toy, monkeypatch):
-    called = []
-    monkeypatch.setattr(processes, "keep_memory", lambda: called.append(True))
-    train_script.prepare(train_script.check(train_script.FLAGS.parse_args([*map(str, toy), *SMALL])))
-    assert called == [True]
-
-
 def test_recomputing_activations_changes_nothing(toy, tmp_path):
     both = [tmp_path / "kept", tmp_path / "recomputed"]
     for run, flags in zip(both, ([], ["--checkpoint_activations"]), strict=True):
