@@ -27,12 +27,11 @@ from evaluation import plots
 from evaluation.validation import validate
 from hf import lora, runs, weights
 from jepa import DISTANCES, IN_BATCH, LLMJEPA, PAD
-from model import Config, Decoder, RMSNorm
+from model import Config, Decoder
 from support import cli, processes
 from support.cli import Stopped, UserError
 from support.muon import Muon
 from support.processes import RANK, WORLD
-from support.rms_norm import rms_norm
 
 SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
 
@@ -402,7 +401,6 @@ def prepare(args):
     """The `Run` of these settings: tokenizer, model, rows, optimizer."""
     device, autocast = processes.hardware(args.device, args.dtype)
     processes.start(device)
-    RMSNorm.formula = staticmethod(rms_norm)
     torch.manual_seed(args.seed)
     tokenizer = hf.tokenizer(args.tokenizer)
     source = None if args.init == "tiny" else weights.fetch(args.init)

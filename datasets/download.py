@@ -2,7 +2,6 @@
 
     python datasets/download.py turk spider --databases    # two sets, and Spider's SQLite databases
     python datasets/download.py all --out FOLDER           # every set; run it again and it only verifies
-    python datasets/download.py --list                     # names, files, sizes
 
 A file appears only once its size and checksum are right. The project does not need these files: README.md beside this
 script says what each set is and how it is scored.
@@ -42,13 +41,9 @@ def address(name, base=None):
     return f"{base or MEDIA}/{name}"  # spider_data.zip: a Git LFS object at the top of the repository
 
 
-def kind_of(published):
-    return "sha256" if len(published) == 64 else "git blob id"
-
-
 def difference(path, size, published):
     """What is wrong with the file, or None when it is the published one."""
-    got_size, kind = path.stat().st_size, kind_of(published)
+    got_size, kind = path.stat().st_size, "sha256" if len(published) == 64 else "git blob id"
     with open(path, "rb") as file:
         # a git blob id is the sha1 of "blob <bytes>\0" and the content
         start = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % got_size)
@@ -143,21 +138,14 @@ def main(argv=None):
     parser.add_argument("--databases", action="store_true", help=f"the same as the name {DATABASES} (206 MB)")
     parser.add_argument("--out", type=Path, default=HERE / "published", help="folder for the files")
     parser.add_argument("--base", help=f"address of a copy of the authors' repository; default: {RAW}, {MEDIA}")
-    parser.add_argument("--list", action="store_true", help="print names, files and sizes, and fetch nothing")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in (*FILES, "all")]
-    if unknown:
-        raise UserError(f"no data set named {unknown[0]}; the names are {', '.join(FILES)} and all")
+    for unknown in sorted({*args.names} - {*FILES, "all"}):
+        raise UserError(f"no data set named {unknown}; the names are {', '.join(FILES)} and all")
     if args.base and not args.base.startswith(("http://", "https://")):
         raise UserError(f"--base {args.base}: not an http:// or https:// address")
-    if args.list:
-        print(f"{'name':<17} {'file':<28} {'bytes':>11}  checksum")
-        for name, (file, size, published) in [(name, file) for name, files in FILES.items() for file in files]:
-            print(f"{name:<17} {file:<28} {f'{size:,}' if size else '-':>11}  {kind_of(published)}")
-        return
     wanted = {*args.names} | ({DATABASES} if args.databases else set())
     if not wanted:
-        raise UserError("name at least one data set, or all; --list shows them, --help explains")
+        raise UserError("name at least one data set, or all; --help lists them")
     for name in FILES:
         if name in wanted or "all" in wanted:
             get(name, args.out, args.base and args.base.rstrip("/"))

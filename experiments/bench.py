@@ -32,11 +32,10 @@ from evaluation import generate
 from evaluation.report import markdown
 from hf import weights
 from jepa import LLMJEPA, PAD
-from model import Config, Decoder, RMSNorm
+from model import Config, Decoder
 from support import cli
 from support.cli import UserError
 from support.processes import hardware, has_bfloat16
-from support.rms_norm import rms_norm
 
 KINDS = {  # what is timed: arguments of data.collate
     "plain fine-tuning": {"jepa": False},
@@ -260,7 +259,6 @@ def flags(doc, **defaults):
 
 def open_model(args):
     """(LLMJEPA, examples, batches of prompts, id of the stop token) that the flags name; without --init, of seed 0."""
-    RMSNorm.formula = staticmethod(rms_norm)
     torch.manual_seed(0)
     tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")
     tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)

@@ -28,7 +28,7 @@ from experiments.bench import LAM, Form
 from hf import weights
 from model import Config, Decoder
 from support import cli
-from support.cli import Stopped, UserError
+from support.cli import Stopped
 from support.processes import hardware
 
 
@@ -143,11 +143,8 @@ def main():
     p = bench.flags(__doc__, batch_size=4, steps=8, decode_rows=256, decode_batch=64)
     p.add_argument("--leave_out", nargs="+", choices=list(THEIRS), default=[], help="forms that are not timed")
     args = p.parse_args()
-    try:
-        from transformers import __version__
-    except ImportError:
-        raise UserError("this compares with transformers, which is not installed; pip install -r tests/requirements.txt"
-                        ) from None
+    from transformers import __version__
+
     with tempfile.TemporaryDirectory() as folder:
         if args.init is None:
             torch.manual_seed(0)

@@ -23,6 +23,7 @@ from support import cli
 from support.cli import UserError
 
 README = ROOT / "experiments" / "README.md"
+CLAIMS = cli.read_json(ROOT / "experiments" / "claims.json")  # name: title; what is drawn; arms, as "grid/arm": label
 
 
 # ---- statistics
@@ -115,16 +116,16 @@ COLUMNS = {  # heading: ((metric, form), ...)
 
 def grid_table(name):
     """Lines of Markdown: how the grid was run, a row for each arm, what was not run, the picture."""
-    found = read_grid(name)
+    found, grid = read_grid(name), GRIDS[name]
     if not any(found.values()):
-        return [f"`python -m experiments.sweep {name}`: not run. {GRIDS[name]['seeds']} seeds of {', '.join(found)}."]
+        return [f"`python -m experiments.sweep {name}`: not run. {grid['seeds']} seeds of {', '.join(found)}."]
     tests = {arm: compare(cells, found[base]) for arm, cells in found.items()
              if (base := base_of(arm, found)) != arm and cells.keys() & found[base].keys()}
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     first, *rest = COLUMNS
     table, missing = [["arm", "seeds", first, "minus lam 0 (points)", "p", *rest]], {}
     for arm, cells in found.items():
-        if absent := ", ".join(str(seed) for seed in range(GRIDS[name]["seeds"]) if seed not in cells):
+        if absent := ", ".join(str(seed) for seed in range(grid["seeds"]) if seed not in cells):
             missing.setdefault(absent, []).append(arm)
         if not cells:
             continue
@@ -136,13 +137,8 @@ def grid_table(name):
         table.append([arm, str(len(cells)), texts[0], *against, *texts[1:]])
     absent = [f"of {', '.join(arms)} seeds {seeds}" for seeds, arms in missing.items()]
     not_run = ["", f"Not run: {'; '.join(absent)}."] if missing else []
-    picture = ["", f"![{name}: exact match against retrieval@1](results/{name}.png)"] if has_picture(name) else []
-    return [*conditions(name, found), "", *markdown(table), *not_run, *picture]
-
-
-def has_picture(name):
-    """Is there an arm with a JEPA term, and so anything to retrieve by?"""
-    return any(flags.split()[:2] != ["--lam", "0"] for flags in GRIDS[name]["arms"].values())
+    picture = ["", f"![{name}: exact match against retrieval@1](results/{name}.png)"] * grid.get("picture", True)
+    return [conditions(name, found), "", *markdown(table), *not_run, *picture]
 
 
 def conditions(name, found):
@@ -150,11 +146,10 @@ def conditions(name, found):
     cells = [cell for seeds in found.values() for cell in seeds.values()]
     many = lambda values: ", ".join(sorted(set(values)))  # noqa: E731
     hours = sum(sum(cell["seconds"].values()) for cell in cells) / 3600
-    wanted = len(found) * GRIDS[name]["seeds"]
     machines = many(cell["hardware"]["gpu"] or cell["hardware"]["processor"] for cell in cells)
-    threads = many(str(cell["hardware"]["threads"]) for cell in cells)
-    return [f"`python -m experiments.sweep {name}`: {len(cells)} of {wanted} cells, {hours:.1f} hours in all, threads "
-            f"each: {threads}; {machines}; code {many(cell['versions']['code'] for cell in cells)}."]
+    threads, codes = many(str(c["hardware"]["threads"]) for c in cells), many(c["versions"]["code"] for c in cells)
+    return (f"`python -m experiments.sweep {name}`: {len(cells)} of {len(found) * GRIDS[name]['seeds']} cells, "
+            f"{hours:.1f} hours in all, threads each: {threads}; {machines}; code {codes}.")
 
 
 def draw_grid(name, path):
@@ -170,6 +165,28 @@ def draw_grid(name, path):
     axis.set(xlabel="retrieval@1, Text to Code (%)", ylabel="exact match (%)", title=f"{name}\n{GRIDS[name]['about']}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="arm (seeds)")
+    plots.save(figure, path)
+
+
+def draw_claim(name, path):
+    """A panel for each metric, a line for each arm: its seeds as small points, their mean, its 95 % interval."""
+    claim = CLAIMS[name]
+    size = 4 + 3 * len(claim["metrics"]), 1.5 + 0.27 * len(claim["arms"])  # inches
+    figure, axes = plots.panels(1, len(claim["metrics"]), sharey=True, figsize=size, layout="constrained")
+    for axis, (metric, label) in zip(np.atleast_1d(axes), claim["metrics"].items(), strict=True):
+        for line, (grid, arm) in enumerate(arm.split("/") for arm in claim["arms"]):
+            cells = read_grid(grid)
+            found = [value(cell, metric) for cell in cells[arm].values()]
+            if metric == "gain":
+                found, _ = compare(cells[arm], cells[base_of(arm, cells)])
+            found = [number * (100 if "%" in label or "points" in label else 1) for number in found]
+            (middle, half), colour = interval(found), plots.COLOURS[[*GRIDS].index(grid) % 7]
+            axis.errorbar(middle, line, xerr=half, fmt="o", markersize=6, capsize=3, color=colour)
+            axis.plot(found, [line] * len(found), "o", markersize=3, alpha=0.4, color=colour)
+        axis.set(xlabel=label, yticks=range(len(claim["arms"])), yticklabels=claim["arms"].values())
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()
+    figure.suptitle(claim["title"])
     plots.save(figure, path)
 
 
@@ -209,8 +226,10 @@ def main():
         lines = section(name)
         text = fill(text, name, lines)
         print("\n".join([f"## {name}", "", *lines, ""]))
-        if name in GRIDS and any(read_grid(name).values()) and has_picture(name):
+        if name in GRIDS and any(read_grid(name).values()) and GRIDS[name].get("picture", True):
             draw_grid(name, ROOT / RESULTS / f"{name}.png")
+    for name in () if args.names else CLAIMS:
+        draw_claim(name, ROOT / RESULTS / f"claim-{name}.png")
     cli.write(README, text)
 
 

@@ -35,10 +35,8 @@ import data
 import hf
 from hf import lora, weights
 from jepa import LLMJEPA
-from model import RMSNorm
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
-from support.rms_norm import rms_norm
 
 NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
 
@@ -331,7 +329,6 @@ def is_run(path):
 def open_model(path, device, tokenizer=None):
     """The `Opened` model of a run folder (its best checkpoint if it has one, else its last), of such a checkpoint, or
     of a Hugging Face folder. tokenizer: the name of another one than the model's own."""
-    RMSNorm.formula = staticmethod(rms_norm)
     folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
     run, within = folder, folder.resolve().parent
     if not is_run(path) and folder.resolve().name in ("best", "checkpoint") and (within / "log.jsonl").exists():

@@ -87,7 +87,7 @@ def run(main):
             raise
         sys.exit(_say("error: out of memory; try a smaller --batch_size or model, or fewer or shorter rows", 2))
     except ImportError as failure:
-        sys.exit(_say(f"error: {failure}; pip install -r requirements.txt", 2))
+        sys.exit(_say(f"error: {failure}; pip install -r requirements.txt -r tests/requirements.txt", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
 

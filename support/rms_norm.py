@@ -1,5 +1,5 @@
-"""RMSNorm on CPUs, for which torch has no kernel, in half the time of F.rms_norm; whoever trains or evaluates makes it
-the `formula` of `model.RMSNorm`. y = x r w, r = 1 / sqrt(mean(x^2) + eps)."""
+"""RMSNorm on CPUs, for which torch has no kernel, in half the time of F.rms_norm; `processes.hardware` makes it the
+`formula` of `model.RMSNorm`. y = x r w, r = 1 / sqrt(mean(x^2) + eps)."""
 
 import torch
 import torch.nn.functional as F

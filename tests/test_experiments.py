@@ -339,6 +339,38 @@ def test_the_picture_of_a_grid(results, monkeypatch):
     assert seeds == [[12.5, 20.0], [12.5, 30.0]] and mean == [[12.5, 25.0]] and len(others) == 4
 
 
+def test_the_picture_of_a_claim(results, monkeypatch):
+    """A panel for each metric, a line for each arm: a point for each seed, one for the mean with its interval."""
+    claim = {"title": "Does it help?", "arms": {"toy/lam0": "plain", "toy/better": "with"},
+             "metrics": {"exact": "right (%)", "gain": "more than plain (points)", "cosine_shuffled": "cosine"}}
+    monkeypatch.setitem(report.CLAIMS, "toy", claim)
+    report.draw_claim("toy", results / "claim.png")
+    assert (results / "claim.png").stat().st_size > 5000
+    drawn = []
+    monkeypatch.setattr(report.plots, "save", lambda figure, path: drawn.append(figure))
+    report.draw_claim("toy", results / "claim.png")
+    wanted = [[[20, 30], [100, 80]], [[0, 0], [80, 50]], [[0.25, 0.25], [0.25, 0.25]]]
+    for axis, by_arm in zip(drawn[0].axes, wanted, strict=True):
+        seeds = [line for line in axis.lines if line.get_markersize() == 3]
+        for number, (line, values) in enumerate(zip(seeds, by_arm, strict=True)):
+            assert list(line.get_xdata()) == pytest.approx(values) and set(line.get_ydata()) == {number}
+            middle, _, (interval,) = axis.containers[number]
+            assert middle.get_xdata() == [pytest.approx(sum(values) / 2)] and middle.get_ydata() == [number]
+            (low, _), (high, _) = interval.get_segments()[0]
+            assert high - low == pytest.approx(12.706 * abs(values[0] - values[1]), rel=1e-3)
+    first = drawn[0].axes[0]
+    assert drawn[0].get_suptitle() == "Does it help?" and first.yaxis_inverted()
+    assert [label.get_text() for label in first.get_yticklabels()] == ["plain", "with"]
+
+
+def test_claims_are_drawn_from_arms_that_exist():
+    page = report.README.read_text(encoding="utf-8")
+    for name, claim in report.CLAIMS.items():
+        assert f"(results/claim-{name}.png" in page or f'"results/claim-{name}.png"' in page
+        for grid, arm in (arm.split("/") for arm in claim["arms"]):
+            assert len(report.read_grid(grid)[arm]) > 0, f"{grid}/{arm}"
+
+
 def test_the_mask_picture_is_the_committed_one():
     """It is made of jepa.mask: as many filled cells as there are pairs that may see each other, and valid XML."""
     picture = figures.mask_svg()
