@@ -406,11 +406,8 @@ def prepare(args):
     source = None if args.init == "tiny" else weights.fetch(args.init)
     model = make_model(args, tokenizer, source)
     torch.manual_seed(args.seed + RANK)  # each process has its own dropout
-    config = model.decoder.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding only "
-                        f"{config.vocab_size}; choose the model's own --tokenizer")
-    how = {"tokenizer": tokenizer, "limit": config.block_size, "k": args.k, "too_long": args.too_long,
+    weights.check_tokenizer(tokenizer, model.decoder)
+    how = {"tokenizer": tokenizer, "limit": model.decoder.config.block_size, "k": args.k, "too_long": args.too_long,
            "train_on": args.train_on, "stop_label": not args.no_stop_label}
     places, examples = data.training_set(args.data, **how)
     validation = data.examples_of(data.read(args.val), **how) if args.val else None

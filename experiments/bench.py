@@ -263,6 +263,7 @@ def open_model(args):
     tokenizer = hf.tokenizer(args.tokenizer or args.init or "synth")
     tiny = Config(tokenizer.vocab_size, n_layer=4, n_head=4, d_model=128, d_ff=320)
     decoder = weights.load(weights.fetch(args.init)) if args.init else Decoder(tiny)
+    weights.check_tokenizer(tokenizer, decoder)
     _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
         raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -143,8 +144,6 @@ def main():
     p = bench.flags(__doc__, batch_size=4, steps=8, decode_rows=256, decode_batch=64)
     p.add_argument("--leave_out", nargs="+", choices=list(THEIRS), default=[], help="forms that are not timed")
     args = p.parse_args()
-    from transformers import __version__
-
     with tempfile.TemporaryDirectory() as folder:
         if args.init is None:
             torch.manual_seed(0)
@@ -159,7 +158,7 @@ def main():
         forms = bench.our_forms(ours, examples, args) | their_forms(theirs.train(), examples, args)
         forms = {name: form for name, form in forms.items() if name not in args.leave_out}
         bench.measure(args, ours, forms, make_forms, decoding, base="LLM-JEPA, fused", losses=losses,
-                      transformers=__version__)
+                      transformers=version("transformers"))
 
 
 if __name__ == "__main__":

@@ -65,16 +65,14 @@ def tokenizer_digest(name):
         return digest(data.SYNTH_RANKS)
     if name in NAMES:
         return name
-    files = model_files(weights.fetch(name))
-    return digest(*(path for path in files if "token" in path.name or path.suffix == ".jinja"))
+    return digest(*(f for f in model_files(weights.fetch(name)) if "token" in f.name or f.suffix == ".jinja"))
 
 
 def digests(args):
     """{what: sha256} of everything that decides what a run computes, besides its settings."""
-    found = {"data": digest(args.data), "val": args.val and digest(args.val)}
-    found["tokenizer"] = tokenizer_digest(args.tokenizer)
-    found["init"] = None if args.init == "tiny" else digest(*model_files(weights.fetch(args.init)))
-    return found
+    init = None if args.init == "tiny" else digest(*model_files(weights.fetch(args.init)))
+    return {"data": digest(args.data), "val": args.val and digest(args.val),
+            "tokenizer": tokenizer_digest(args.tokenizer), "init": init}
 
 
 # ---- the folder
@@ -352,8 +350,6 @@ def open_model(path, device, tokenizer=None):
         raise UserError(f"{folder}: has changed while it was read; try again")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise UserError(f"{folder}: its weights are not finite, so it has no answers; evaluate another checkpoint")
-    opened, vocabulary = hf.tokenizer(name), model.decoder.config.vocab_size
-    if opened.vocab_size > vocabulary:
-        raise UserError(f"{path}: tokenizer {opened.name} has {opened.vocab_size} tokens, the model's embedding "
-                        f"only {vocabulary}; name the model's own with --tokenizer")
+    opened = hf.tokenizer(name)
+    weights.check_tokenizer(opened, model.decoder)
     return Opened(model.to(device).eval(), opened, layout, seed, trained_on, stamp)

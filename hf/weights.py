@@ -60,6 +60,13 @@ def load(folder):
     return decoder
 
 
+def check_tokenizer(tokenizer, decoder):
+    """Raises UserError where a tokenizer has ids for which the decoder has no embedding."""
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model's embedding only "
+                        f"{decoder.config.vocab_size}; choose the model's own --tokenizer")
+
+
 def save(decoder, folder, source=None, dtype=torch.float32):
     """Write config.json and model.safetensors; a failure leaves what was in the folder as it was.
 

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from experiments import bench
+from hf import weights
 from jepa import LLMJEPA, PAD, TEXT, Batch
+from support.cli import UserError
 
 
 def counted_flops(run):
@@ -68,6 +70,13 @@ def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
     expected = [[bench.one_by_one(decoder, prompt, -1, 6) for prompt in batch] for batch in batches]
     assert answers["fast"] == expected and answers["slow"] == [made[:1] for made in expected]
     assert [row["same_text"] for row in rows] == [1, 1, 0] and all(row["rows_per_s"] > 0 for row in rows)
+
+
+def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(tmp_path):
+    weights.save(toy_decoder("llama"), tmp_path)
+    args = bench.flags("").parse_args(["--init", str(tmp_path), "--tokenizer", "synth", "--device", "cpu"])
+    with pytest.raises(UserError, match="tokenizer synth has 512 tokens, the model's embedding only"):
+        bench.open_model(args)
 
 
 def test_in_every_round_each_form_has_its_turn():
