@@ -320,7 +320,7 @@ def main():
                         "    python data.py datasets/synth_val.jsonl --row 7 --layout paper")
     parser.add_argument("file", type=Path, help="JSONL file of conversations")
     parser.add_argument("--row", type=cli.whole(1), default=1, help="which row of the file to show, from 1")
-    parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder")
+    parser.add_argument("--tokenizer", default="synth", help="synth, gpt2, or a Hugging Face folder or repo id")
     parser.add_argument("--k", type=cli.whole(0, 10_000), default=1, help="number of [PRED] tokens")
     parser.add_argument("--layout", choices=["fused", "paper"], default="fused",
                         help="fused: all views in one row; paper: two rows, Text encoded anew without the system turn")

@@ -9,7 +9,7 @@ from support.processes import RANK
 
 COLLAPSED = (
     "The encodings have collapsed: true pairs are no closer than shuffled ones, so a small JEPA loss means nothing.\n"
-    "What can be tried: --distance infonce --lam 0.05, a smaller --lam, --stop_grad code (see experiments/README.md)."
+    "What can be tried: --distance infonce --lam 0.05, --stop_grad code (see experiments/README.md)."
 )
 
 
