@@ -112,8 +112,8 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """The same on another device. A GPU copies from pinned memory while it goes on computing."""
-        pinned = (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor for tensor in self)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+        cuda = torch.device(device).type == "cuda"
+        return Batch(*((tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda) for tensor in self))
 
 
 def pick(hidden, at):  # (B, T, C), (N, 2) -> (N, C)

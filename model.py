@@ -161,10 +161,12 @@ class Attention(nn.Module):
         q = q.unflatten(1, (-1, sharing)).flatten(2, 3)  # (B, G, H/G*T, D)
         mask = mask[:, None, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)  # (B, 1, H/G*T, S)
         scale = c.attn_scale or c.head_dim**-0.5
-        if c.attn_softcap is None:
+        if c.attn_softcap is None and q.device.type != "mps":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        else:  # no fused kernel caps the scores
-            scores = c.attn_softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / c.attn_softcap))
+        else:  # no fused kernel caps the scores, and that of MPS mixes up masks that differ from row to row
+            scores = q @ k.transpose(-2, -1) * scale
+            if c.attn_softcap is not None:
+                scores = c.attn_softcap * torch.tanh(scores / c.attn_softcap)
             y = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
         return y.unflatten(2, (sharing, -1)).flatten(1, 2)
 

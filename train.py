@@ -121,9 +121,9 @@ def arguments():
     args = FLAGS.parse_args()
     if args.resume is None:
         return check(args)
-    others = [name for name, value in vars(args).items() if name != "resume" and value != FLAGS.get_default(name)]
-    if others:
-        raise UserError(f"--resume takes every setting from the run's config.json; leave out --{others[0]}")
+    for word in sys.argv[1:]:
+        if word.startswith("--") and not word.startswith("--resume"):
+            raise UserError(f"--resume takes every setting from the run's config.json; leave out {word.split('=')[0]}")
     try:
         kept = check(FLAGS.parse_args(runs.flags(args.resume)))
     except UserError as mistake:
@@ -228,10 +228,8 @@ def batch_of(run, examples, jepa):
     # few widths, and aligned ones, where torch chooses or makes kernels for each
     multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
-    if own:
-        return batch
-    return batch._replace(label_at=batch.label_at[:0], label=batch.label[:0],
-                          text_at=batch.text_at[:0], code_at=batch.code_at[:0])
+    nothing = {name: getattr(batch, name)[:0] for name in ("label_at", "label", "text_at", "code_at")}
+    return batch if own else batch._replace(**nothing)
 
 
 def take_step(run, examples):
@@ -251,7 +249,7 @@ def take_step(run, examples):
             part = run.wrapped(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed
         sums += torch.stack(part).detach()
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
+    for p in (p for p in run.model.parameters() if p.requires_grad and p.grad is None):
         p.grad = torch.zeros_like(p)  # the empty [PRED] of k = 0 has none, and must have moments to resume from
     # clip; a step whose gradient is not finite is not taken: the optimizer leaves everything as it was
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
@@ -278,7 +276,7 @@ def fit(run):
     args, size = run.args, run.args.batch_size * run.args.grad_accum
     lengths = [len(e.full) for e in run.examples]
     per_epoch = math.ceil(len(lengths) / size)
-    run.total = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
+    run.total = min(args.epochs * per_epoch, args.max_steps or math.inf)
     run.failures, run.skipped = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     run.saved_at = time.monotonic()
     stop = processes.Stop()
@@ -344,7 +342,8 @@ def log_step(run, bar, epoch, taken, tokens, began):
 
 def save(run):
     """Leave a checkpoint from which the run goes on to the same bits."""
-    state = {"step": run.step, "random": processes.all_of_them(runs.random_state())}
+    generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    state = {"step": run.step, "random": processes.all_of_them(generators)}
     runs.save_checkpoint(run.model, run.optimizer, run.args, run.source, state)
     run.saved_at = time.monotonic()
 
@@ -361,7 +360,8 @@ def validate_if_due(run, per_epoch):
     if run.validation:
         # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
         gpus = [run.device] if run.device.type == "cuda" else []
-        with processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus):
+        with (processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus),
+              torch.compiler.set_stance("force_eager")):  # decoding has too many shapes to be compiled
             scores = processes.all_of_them(validate(run))[0]  # which may differ in a last bit, and decide what is saved
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")

@@ -23,10 +23,9 @@ def encode(model, examples, batch_size, layout="fused", front_pred=False, revers
         layout = "paper"  # a fused row would share the conversation's TEXT
     device, k = model.pred.device, len(model.pred)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].full))
-    found = {"text": {}, "pred": {}, "code": {}}
+    found = {"text": [], "pred": [], "code": []}
     for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        members = [examples[i] for i in chosen]
+        members = [examples[i] for i in by_length[start : start + batch_size]]
         batch = data.collate(members, k, layout, front_pred=front_pred, reverse=reverse).to(device)
         plain = data.collate(members, 0, layout).to(device)  # without [PRED]: its places are those of Enc
         hidden = model.hidden(batch)  # what stands before [PRED] does not see it: one pass gives Enc and Pred
@@ -39,8 +38,8 @@ def encode(model, examples, batch_size, layout="fused", front_pred=False, revers
         else:
             text = pick(hidden, plain.text_at).float()
         for name, states in (("text", text), ("pred", pred), ("code", code)):
-            found[name] |= dict(zip(chosen, states.cpu().double().numpy(), strict=True))
-    found = {name: np.stack([rows[i] for i in range(len(examples))]) for name, rows in found.items()}
+            found[name].append(states.cpu().double().numpy())
+    found = {name: np.concatenate(parts)[np.argsort(by_length)] for name, parts in found.items()}
     if not all(np.isfinite(states).all() for states in found.values()):
         raise UserError("the model's encodings are not finite; evaluate another checkpoint")
     return found

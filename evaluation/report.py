@@ -155,7 +155,7 @@ def files_of(folder):
 
 def pictures_of(path):
     """{name: file} of the pictures that `write_comparison` draws beside a report."""
-    return {name: path.with_name(f"{path.stem}-{name}.png") for name in ("spectrum", "curves")}
+    return {name: path.parent / f"{path.stem}-{name}.png" for name in ("spectrum", "curves")}
 
 
 def write_model(system, sides, folder, title, task, **about):

@@ -79,9 +79,9 @@ def comparable(*results):
     [[(1, 0.3, '1', None)], [(1, 0.3, '1', None)]]
     """
     floats = sorted({value for rows in results for row in rows for value in row if isinstance(value, float)})
-    known, last = {}, None
+    known, last = {}, math.nan
     for value in floats:
-        if not (last is not None and math.isclose(value, last, rel_tol=5e-12)):
+        if not math.isclose(value, last, rel_tol=5e-12):
             whole = abs(value) < 2**53 and math.isclose(value, round(value), rel_tol=5e-12)
             first = round(value) if whole else value
         known[value], last = first, value

@@ -104,10 +104,10 @@ def create(args, rows):
 
 def lock(run):
     """Hold a run for this process until it ends, however it ends. Keep what is returned. UserError if it is held."""
-    file = open(Path(run) / "config.json")
+    file = open(Path(run) / "config.json", "r+")  # NFS locks only what may be written
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{run}: another process is training this run; wait for it, or stop it first") from None
     return file
 
@@ -120,7 +120,8 @@ def settings(run):
     config = read_json(path)
     arguments, sums = config.get("arguments"), config.get("sha256")
     if not isinstance(arguments, dict) or not isinstance(sums, dict) or not all(
-            isinstance(arguments.get(name), str) for name in ("init", "tokenizer", "data", "layout")):
+            isinstance(arguments.get(name), str) for name in ("init", "tokenizer", "data", "layout")) or any(
+            "\0" in str(value) for value in arguments.values()):  # which no path has
         raise UserError(f"{path}: not the config.json of a run; give a folder that train.py made")
     return config
 
@@ -290,11 +291,6 @@ def load_model(folder, lora_dropout=0.0):
                             f"{decoder.config.d_model}]; the two files are not of one run")
         model.pred = nn.Parameter(pred.float().clone())
     return model
-
-
-def random_state():
-    """The state of torch's random generators of this process: one of the CPU, one for each GPU."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
 def cut_log(run, step):

@@ -32,7 +32,6 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # a RANK alone is of 
 def hardware(name="auto", dtype="float32"):
     """(device, autocast): where to run; a function that makes the context in which matrix products run in bfloat16, if
     that is wanted. dtype "auto" is bfloat16 on NVIDIA GPUs that have it, and float32 elsewhere."""
-    keep_memory()
     RMSNorm.formula = staticmethod(rms_norm)  # quick on CPUs
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -43,6 +42,8 @@ def hardware(name="auto", dtype="float32"):
         torch.ones(1, device=device).cpu()  # is it there, and does it compute?
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as failure:
         raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
+    if device.type == "cpu":
+        keep_memory()
     if dtype == "bfloat16" and not has_bfloat16(device):
         raise UserError(f"--dtype bfloat16: this {device.type} has no fast bfloat16; leave the flag out")
     wanted = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" and has_bfloat16(device)

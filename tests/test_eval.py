@@ -320,6 +320,7 @@ def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path,
     assert metrics(tmp_path / "a-best")["weights"] != metrics(tmp_path / "b-best")["weights"]
     assert (tmp_path / "comparison.md").exists() and "| a-best" in (tmp_path / "comparison.md").read_text()
     assert "twice" in refused(trained[0], trained[0], *flags)
+    assert ".: is a folder" in refused(*folders, *flags, "--report", ".")
 
 
 def test_systems_that_skipped_different_rows_are_paired_by_row():

@@ -105,4 +105,4 @@ def test_the_code_base_does_not_grow():
     """The aim is 4,500 lines in all. It is not reached: until it is, this number goes down. (It went up twice, by 41
     each time: for the speed of a step on CPUs, and for faults that lost work or ended in a traceback.)"""
     lines = sum(path.read_text().count("\n") for path in SOURCES)
-    assert lines <= 6730, f"{lines} lines of source: make something simpler"
+    assert lines <= 6728, f"{lines} lines of source: make something simpler"

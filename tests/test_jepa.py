@@ -153,6 +153,14 @@ def test_rms_norm_of_cpus():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), strided)
 
 
+def test_a_batch_is_copied_behind_the_back_of_cuda_alone(monkeypatch):
+    """Elsewhere (MPS) such a copy may read memory that has been freed."""
+    calls, own = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *how, **more: (calls.append(more), own(self, *how))[1])
+    jepa.Batch(*[torch.zeros(2, 2, dtype=torch.long)] * 7).to("meta")
+    assert calls == [{"non_blocking": False}] * 7
+
+
 def test_heads_that_share_keys_need_no_kernel_of_their_own(monkeypatch):
     """CUDA's fused kernels want as many heads of keys as of queries wherever there is a mask."""
     attention, shapes = torch.nn.functional.scaled_dot_product_attention, []

@@ -1,5 +1,6 @@
 """What must never cost a user a run, a file, or an hour: bad losses, folders in use, dead terminals, full disks."""
 
+import errno
 import json
 import os
 import shutil
@@ -185,6 +186,21 @@ def test_a_run_from_before_there_was_a_choice_of_optimizer_goes_on_with_its_own(
     assert "--optimizer=adamw" in runs.flags(copy) and "--optimizer=muon" not in runs.flags(copy)
 
 
+def test_a_run_on_nfs_can_be_locked(finished, monkeypatch):
+    """There an exclusive lock wants a file that is open for writing; and what is not a held lock is not called one."""
+    def flock(file, how):
+        if not file.writable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    before = (finished / "config.json").read_bytes()
+    runs.lock(finished).close()
+    assert (finished / "config.json").read_bytes() == before
+    monkeypatch.setattr(runs.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    with pytest.raises(OSError, match="No locks"):
+        runs.lock(finished)
+
+
 def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     holder = subprocess.Popen(
@@ -263,6 +279,7 @@ def test_a_run_does_not_go_on_with_another_model_or_tokenizer(toy, tmp_path, cap
 @pytest.mark.parametrize("edit, complaint", [
     ({"k": -3}, "--k -3"), ({"lam": "nan"}, "--lam nan"), ({"distance": "manhattan"}, "manhattan"),
     ({"lora_rank": 1}, "--init"), ({"new_flag": 7}, "--new_flag"), ({"layout": None}, "not the config.json of a run"),
+    ({"val": "/tmp/a\0b"}, "not the config.json of a run"),
     ({"device": "toaster"}, "toaster"), ({"data": "/nowhere/rows.jsonl"}, "/nowhere/rows.jsonl"),
 ])
 def test_an_edited_config_is_checked_like_flags(finished, tmp_path, capsys, edit, complaint):

@@ -265,6 +265,24 @@ def test_shapes_are_few_where_kernels_are_made_for_each(examples, device, dtype,
     assert plain % 8 and width == -(-plain // multiple) * multiple
 
 
+@pytest.mark.parametrize("lam", ["0", "1"])
+def test_training_steps_are_compiled_and_decoding_is_not(toy, tmp_path, monkeypatch, lam):
+    """--compile with a backend that counts graphs: some, at least one for each block, and no more after decoding."""
+    from torch._dynamo.testing import CompileCounter
+
+    graphs, own, after = CompileCounter(), torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: own(module, backend=graphs, **how))
+    validate = train_script.validate
+    monkeypatch.setattr(train_script, "validate", lambda run: (
+        after.append(graphs.frame_count), validate(run), after.append(graphs.frame_count))[1])
+    torch._dynamo.reset()
+    inside("--out", tmp_path / "compiled", *toy, *SMALL, "--lam", lam, "--compile")
+    inside("--out", tmp_path / "plain", *toy, *SMALL, "--lam", lam)
+    assert len(after) == 8 and after[0] == after[1] > 0 and after[2] == after[3]
+    both = [load_file(tmp_path / run / "best/model.safetensors") for run in ("compiled", "plain")]
+    assert_close(*both, rtol=1e-3, atol=1e-4)  # Muon's steps, of wider batches
+
+
 def test_a_run_without_pred_tokens_can_go_on(toy, tmp_path):
     """At k = 0 [PRED] has no elements and no gradient, but its place in the optimizer's state."""
     inside("--out", tmp_path / "run", *toy, *SMALL, "--k", "0")
@@ -411,6 +429,7 @@ def test_an_unwritable_out_is_refused(toy, tmp_path, refused):
 
 def test_resume_refuses_other_flags_and_what_does_not_fit(straight, tmp_path, refused):
     assert "leave out --lam" in refused("--resume", straight, "--lam", "3")
+    assert "leave out --epochs" in refused(f"--resume={straight}", "--epochs=4"), "the default is another value, too"
     copy = Path(shutil.copytree(straight, tmp_path / "copy"))
     save_file({"pred": torch.zeros(1, 48)}, copy / "checkpoint/pred.safetensors")
     assert "pred has shape [1, 48]" in refused("--resume", copy)
