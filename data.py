@@ -164,8 +164,8 @@ def example(conversation, tokenizer, train_on="answer", stop_label=True):
     if answered:
         if tokenizer.stop not in full[end[last] :]:
             raise UserError(f"{conversation.where}: the chat template puts no stop token after the answer")
-        stop = full.index(tokenizer.stop, end[last])  # some templates put a blank between answer and stop token
-        trained[end[last] : stop + 1] = [True] * (stop + 1 - end[last])
+        after = full.index(tokenizer.stop, end[last]) + 1  # some templates put a blank between answer and stop token
+        trained[end[last] : after] = [True] * (after - end[last])
     if train_on == "all":
         trained = [False] + [True] * (len(full) - 1)
     if not stop_label:
@@ -211,12 +211,12 @@ def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
 
     places: "file:line". Nothing else is kept of the text, and ids are arrays: 4 bytes an id, 1 for being a target.
     """
-    make, ids = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
+    make, pack = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
     conversations = (Conversation(**row) for row in rows.read(path))
     places, examples = [], []
     for conversation, e in rows.fitting(conversations, make, partial(longest_view, k=k), limit, too_long):
         places.append(conversation.where)
-        examples.append(replace(e, full=ids(e.full), trained=bytes(e.trained), text=ids(e.text), code=ids(e.code)))
+        examples.append(replace(e, full=pack(e.full), trained=bytes(e.trained), text=pack(e.text), code=pack(e.code)))
     return places, examples
 
 
@@ -260,7 +260,7 @@ def count(examples, jepa=True):
 
 
 def add(row, ids, segment, start=0):
-    """Append columns (id, segment, position) to a row, positions from `start` on; returns the place of the last."""
+    """Append columns (id, segment, position) to a row, positions from `start` on; returns the column of the last."""
     row += [(token, segment, position) for position, token in enumerate(ids, start)]
     return len(row) - 1
 
@@ -269,8 +269,8 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     """Lay the examples out in rows: `jepa.Batch`.
 
     layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [TEXT alone, PRED | CODE].
-    jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] comes after CODE, Code predicts Text.
-    front_pred (paper layout only): [PRED] stands before the user's content, and Text's last token is Pred(Enc(Text)).
+    jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] ends CODE, which predicts Text.
+    front_pred (paper layout only): [PRED] is a part of TEXT, before the user's content; Text's last token predicts.
     multiple: rows are padded to a multiple of this many columns.
     """
     assert layout in ("fused", "paper"), f"layout {layout!r} is neither fused nor paper"
@@ -279,12 +279,12 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     pred = [-1 - i for i in range(k)]
     made, label_at, label, text_at, code_at = [], [], [], [], []
     for e in examples:
-        row, at = [], len(made)
+        row, number = [], len(made)
         made.append(row)
         text_column = add(row, e.full[: e.text_end], TEXT)
         add(row, e.full[e.text_end :], ANSWER, start=e.text_end)
         targets = [column for column in range(1, len(e.full)) if e.trained[column]]
-        label_at += [(at, column - 1) for column in targets]  # the column before a target predicts it
+        label_at += [(number, column - 1) for column in targets]  # the column before a target predicts it
         label += [e.full[column] for column in targets]
         if not jepa:
             continue
@@ -292,15 +292,15 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
         assert layout == "paper" or not e.own_text, "an example with a text view of its own needs the paper layout"
         text_length = e.text_end
         if layout == "paper":
-            row, at, text_length = [], len(made), len(e.text)
+            row, number, text_length = [], len(made), len(e.text)
             made.append(row)
             in_front = pred if front_pred else []
             text_column = add(row, [*e.text[: e.text_start], *in_front, *e.text[e.text_start :]], TEXT)
         if pred and not front_pred and not reverse:
             text_column = add(row, pred, PRED, start=text_length)
         code_column = add(row, [*e.code, *(pred if reverse else [])], CODE)
-        text_at.append((at, text_column))
-        code_at.append((at, code_column))
+        text_at.append((number, text_column))
+        code_at.append((number, code_column))
 
     width = math.ceil(max(map(len, made)) / multiple) * multiple
     columns = torch.tensor([row + [(0, PAD, 0)] * (width - len(row)) for row in made])  # (B, T, 3)

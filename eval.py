@@ -120,10 +120,10 @@ def evaluate(path, name, folder, conversations, args, **about):
     system = report.Evaluated(name, scored(found, conversations, args))
 
     # What do the encodings look like? Do they tell which Code belongs to which Text, or are all of them alike?
-    reverse, different = opened.layout.get("reverse", False), len({tuple(e.code) for e in examples})
+    reverse, distinct_codes = opened.layout.get("reverse", False), len({tuple(e.code) for e in examples})
     states = encodings.encode(opened.model, examples, args.batch_size, **opened.layout)
     sides = encodings.sides(states, reverse)
-    system.figures = encodings.measure(states, reverse, args.seed, different)
+    system.figures = encodings.measure(states, reverse, args.seed, distinct_codes)
     system.verdict = encodings.verdict(system.figures, reverse)
     title = name if opened.seed is None else f"{name}, seed {opened.seed}"
     system.spectra[title] = states
@@ -131,7 +131,7 @@ def evaluate(path, name, folder, conversations, args, **about):
         base = runs.open_model(args.base, device, args.tokenizer)
         states, reverse = encoded_before(base, opened, conversations, args)
         system.spectra[f"{args.base.name} (before)"] = states
-        system.before = encodings.measure(states, reverse, args.seed, different)
+        system.before = encodings.measure(states, reverse, args.seed, distinct_codes)
     title += f" on {args.data.name}, n = {len(examples)}"
     report.write_model(system, sides, folder, title, data=str(args.data), **about)
     return system
@@ -168,8 +168,8 @@ def scored(found, conversations, args):
     rows, broken = [], []
     for answer, conversation in answers.progress(list(zip(found, conversations, strict=True)), "scores"):
         question, gold = (message["content"] for message in conversation.messages[-2:])
-        row = answer | {"text": question, "gold": gold, "exact": tasks.exact(answer["output"], gold)}
         # exact match is equal text, white space at both ends aside, and never that of an empty output
+        row = answer | {"text": question, "gold": gold, "exact": tasks.exact(answer["output"], gold)}
         row |= tasks.judge(row, args.task, args.databases, args.is_regex)  # everything but exact match
         rows.append(row)
         if "cannot_score" in row:
@@ -183,7 +183,7 @@ def scored(found, conversations, args):
 
 def encoded_before(base, opened, conversations, args):
     """(encodings, reverse) of the model that training began with; if it has no [PRED], in the trained one's layout."""
-    layout = base.layout if len(base.model.pred) else {k: v for k, v in opened.layout.items() if k == "layout"}
+    layout = base.layout if len(base.model.pred) else opened.layout | {"front_pred": False, "reverse": False}
     try:
         _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,
                                        len(base.model.pred))

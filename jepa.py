@@ -41,8 +41,8 @@ ANSWER and PRED are two continuations of the same TEXT that cannot see each othe
 remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and what runs at **inference**, where the
 model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
 
-This is the `fused` layout. In the `paper` layout, the official code's, Text is encoded a second time without the
-system turn, in a second row: [TEXT ANSWER] and [TEXT without it, PRED | CODE]. Where the views are the same
+This is the `fused` layout: its Text includes the system turn. The `paper` layout, the official code's, makes two rows:
+[TEXT ANSWER], and [TEXT PRED CODE], whose TEXT has no system turn. Where the views are the same
 tokens, both layouts and three separate passes give the same losses and gradients (tests/test_jepa.py); `python jepa.py`
 shows one row and three passes.
 
@@ -107,8 +107,8 @@ class Batch(NamedTuple):
     position: torch.Tensor  # (B, T): counts from 0 in TEXT and in CODE; ANSWER and PRED both go on from TEXT
     label_at: torch.Tensor  # (L, 2): the places whose next token is to be predicted
     label: torch.Tensor  # (L,): the ids of those next tokens
-    text_at: torch.Tensor  # (N, 2): the place whose state is Pred(Enc(Text)), for each example
-    code_at: torch.Tensor  # (N, 2): the place whose state is Enc(Code)
+    text_at: torch.Tensor  # (N, 2): the place whose state is Pred(Enc(Text)), for each example (`reverse`: Enc(Text))
+    code_at: torch.Tensor  # (N, 2): the place whose state is Enc(Code) (`reverse`: Pred(Enc(Code)))
 
     def to(self, device):
         """The same on another device. A GPU copies from pinned memory while it goes on computing."""
@@ -140,7 +140,7 @@ def mse(text, code):  # (N, C), (N, C) -> ()
     return (text - code).square().mean()
 
 
-def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> ()
+def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> (); the temperature of MoCo (arXiv 1911.05722)
     """Cross-entropy of finding each Text's own Code among the N of this batch by cosine similarity."""
     similarity = F.normalize(text, dim=-1) @ F.normalize(code, dim=-1).T  # (N, N)
     return F.cross_entropy(similarity / temperature, torch.arange(len(text), device=text.device))
@@ -153,8 +153,8 @@ def uniform(text, code):  # (N, C), (N, C) -> ()
     if len(text) < 2:
         return cosine(text, code)  # nothing to be apart from
     one, other = torch.triu_indices(len(text), len(text), 1, device=text.device)  # all N * (N - 1) / 2 pairs of rows
-    apart = [2 - 2 * (unit @ unit.T)[one, other] for unit in (F.normalize(text, dim=-1), F.normalize(code, dim=-1))]
-    return cosine(text, code) + sum((-2 * squares).exp().mean().log() for squares in apart) / 2
+    near = lambda x: (4 * (x @ x.T)[one, other] - 4).exp().mean().log()  # |x - y|^2 = 2 - 2 x.y  # noqa: E731
+    return cosine(text, code) + (near(F.normalize(text, dim=-1)) + near(F.normalize(code, dim=-1))) / 2
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce, "uniform": uniform}
@@ -182,14 +182,14 @@ class LLMJEPA(nn.Module):
     def __init__(self, decoder, k):
         super().__init__()
         self.decoder = decoder
-        self.gather = None  # with several processes: a function that gathers the rows of all (support/processes.py)
+        self.gather = None  # of several processes: (N, C) of this one -> those of all, with gradient
         table = decoder.embed.weight.detach().float()  # (V, C)
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
     def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
         """`Losses` of a batch.
 
-        stop_grad: "text" or "code" keeps the gradient out of that view (the paper keeps none out: "none").
+        stop_grad: "text" or "code" makes that encoding a constant, in the one that predicts with [PRED] (paper: none).
         whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
         part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
         not for distances IN_BATCH, which compare the examples of one part only, over all processes).
@@ -209,7 +209,7 @@ class LLMJEPA(nn.Module):
         labels, pairs = (len(batch.label), len(batch.text_at)) if whole is None else whole
         lm = self.next_token_loss(pick(hidden, batch.label_at), batch.label) / max(1, labels)
         jepa = torch.zeros_like(lm)
-        if pairs:
+        if pairs:  # of the whole step: a process that has no pair must still join in `gather`
             text, code = self.encodings(hidden, batch)
             if stop_grad == "text":
                 text = text.detach()

@@ -224,7 +224,7 @@ class Decoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, more time
-        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.d_model), freeze=False)  # drawn by _draw
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.d_model), freeze=False)  # _draw draws it
         if c.position == "learned":
             self.position_embed = nn.Embedding.from_pretrained(torch.empty(c.block_size, c.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))

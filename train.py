@@ -33,7 +33,7 @@ from support.cli import Stopped, UserError
 from support.muon import Muon
 from support.processes import RANK, WORLD
 
-SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))
+SYNTH = Path(os.path.relpath(Path(__file__).parent / "datasets"))  # relative, so that --help and messages are short
 
 FLAGS = cli.parser(__doc__)
 
@@ -80,7 +80,7 @@ add("--front_pred", action="store_true",
 add("--reverse", action="store_true",
     help="Code predicts Text: [PRED] after Code. The paper found it worse: 65.70 %% against 71.46 %%")
 add("--stop_grad", choices=["none", "text", "code"], default="none",
-    help="view that gets no gradient from the JEPA loss")
+    help="view whose encoding is a constant in the JEPA loss; the one that predicts takes [PRED] with it")
 
 add = FLAGS.add_argument_group("optimisation").add_argument
 add("--optimizer", choices=["adamw", "muon"],
@@ -135,10 +135,10 @@ def arguments():
 
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
-    tiny, tiny_lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
-    defaults = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": tiny_lr} if tiny else {
-        "tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
-    for name, value in defaults.items():
+    tiny, lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
+    for_tiny = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": lr}
+    pretrained = {"tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
+    for name, value in (for_tiny if tiny else pretrained).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("init", "tokenizer"):  # a run is resumed and evaluated from any folder
@@ -174,7 +174,7 @@ class Run:
     tokenizer: data.Tokenizer
     examples: list[data.Example]
     places: list[str]  # file:line of each example
-    validation: tuple[list, list] | None  # conversations and examples
+    val_rows: tuple[list, list] | None  # conversations and examples of --val
     source: Path | None  # the Hugging Face folder that the model came from
     device: torch.device
     autocast: Callable  # a context for the forward pass
@@ -225,7 +225,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    # few widths, and aligned ones, where torch chooses or makes kernels for each
+    # torch chooses a kernel for each width, or compiles one: so few widths, and aligned ones
     multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     nothing = {name: getattr(batch, name)[:0] for name in ("label_at", "label", "text_at", "code_at")}
@@ -285,25 +285,25 @@ def fit(run):
     while run.step < run.total:
         epoch, first = divmod(run.step, per_epoch)
         # the steps left in this epoch (fewer after a resume), up to the last step of the run
-        steps = data.order(lengths, size, args.seed, epoch)[first : first + run.total - run.step]
+        steps = data.order(lengths, size, args.seed, epoch)[first:][: run.total - run.step]
         examples = run.examples
         if args.shuffle_pairs:  # each with another one's Code
             partners = data.derangement(len(examples), args.seed, epoch)
             examples = [replace(e, code=examples[i].code) for e, i in zip(examples, partners, strict=True)]
         bar = tqdm(steps, f"epoch {epoch + 1}/{args.epochs}", unit="step", leave=False, disable=RANK > 0,
                    mininterval=0.2 if sys.stderr.isatty() else 30)
-        began, tokens = time.perf_counter(), 0  # of the steps since the last logged one
+        began, tokens = time.perf_counter(), 0  # since the last logged step, or the beginning of the epoch
         for members in bar:
-            taken = take_step(run, [examples[i] for i in members])
-            tokens += taken["tokens"]
+            result = take_step(run, [examples[i] for i in members])
+            tokens += result["tokens"]
             # what reads the device back, and so waits for it, happens at logged steps only (on a CPU nothing waits)
             logged = run.step % args.log_every == 0 or run.step == run.total
             if logged:
-                log_step(run, bar, epoch, taken, tokens, began)
+                log_step(run, bar, epoch, result, tokens, began)
                 began, tokens = time.perf_counter(), 0
             if logged or run.device.type == "cpu":
                 stop_if_failing(run, members)
-            # save now and then, and when somebody wants to stop
+            # save now and then, and when somebody wants to stop: all processes, if one does
             due = time.monotonic() - run.saved_at > 60 * args.save_minutes
             stopping, due = processes.any_of(stop.wanted, due)
             if stopping or due:
@@ -325,18 +325,18 @@ def stop_if_failing(run, members):
                   f"(rows {rows}); {kept}; try a lower --lr")
 
 
-def log_step(run, bar, epoch, taken, tokens, began):
+def log_step(run, bar, epoch, result, tokens, began):
     """One line of log.jsonl, and the losses beside the progress bar. tokens: so many since `began`."""
-    sums = torch.cat([taken["sums"], taken["sums"].new_tensor([tokens])])
+    sums = torch.cat([result["sums"], result["sums"].new_tensor([tokens])])
     total, lm, jepa, tokens = processes.summed(sums).tolist()  # waits for the device
     speed = round(tokens / (time.perf_counter() - began))
     if RANK == 0:
-        runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if taken["jepa"] else None, total=total,
-                 lr=run.optimizer.param_groups[0]["lr"], grad_norm=taken["norm"].item(), tokens_per_s=speed,
-                 **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
+        runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if result["jepa"] else None,
+                 total=total, lr=run.optimizer.param_groups[0]["lr"], grad_norm=result["norm"].item(),
+                 tokens_per_s=speed, **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
     shuffled = run.validations[-1].get("val_cosine_shuffled") if run.validations else None
     beside = f" (cosine of shuffled pairs {shuffled:.3f})" if shuffled is not None else ""
-    shown = f"{jepa:.3f}{beside}" if taken["jepa"] else "-"
+    shown = f"{jepa:.3f}{beside}" if result["jepa"] else "-"
     bar.set_postfix_str(f"lm {lm:.3f}, jepa {shown}, {speed} tokens/s", refresh=False)
 
 
@@ -355,20 +355,20 @@ def validate_if_due(run, per_epoch):
     """
     if run.step % per_epoch and run.step < run.total:
         return
-    quality = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
-    scores = {"val_lm": 0.0}
-    if run.validation:
+    scores = {"val_lm": 0.0}  # where there are no validation rows
+    if run.val_rows:
         # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
         gpus = [run.device] if run.device.type == "cuda" else []
         with (processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus),
               torch.compiler.set_stance("force_eager")):  # decoding has too many shapes to be compiled
-            scores = processes.all_of_them(validate(run))[0]  # which may differ in a last bit, and decide what is saved
+            scores = processes.all_of_them(validate(run))[0]  # of process 0: the last bit decides what is saved
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
-    if not run.validation or all(quality(scores) > quality(line) for line in run.validations):
+    quality = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
+    if not run.val_rows or all(quality(scores) > quality(line) for line in run.validations):
         runs.save_best(run.model, run.args, run.source)
     run.validations.append({"step": run.step, **scores})
-    if run.validation and RANK == 0:
+    if run.val_rows and RANK == 0:
         epoch = math.ceil(run.step / per_epoch)
         runs.log(run.args.out, step=run.step, epoch=epoch, **scores)
         named = (f"{name.removeprefix('val_')} {value:.4f}" for name, value in scores.items())
@@ -410,10 +410,10 @@ def prepare(args):
     how = {"tokenizer": tokenizer, "limit": model.decoder.config.block_size, "k": args.k, "too_long": args.too_long,
            "train_on": args.train_on, "stop_label": not args.no_stop_label}
     places, examples = data.training_set(args.data, **how)
-    validation = data.examples_of(data.read(args.val), **how) if args.val else None
+    val_rows = data.examples_of(data.read(args.val), **how) if args.val else None
     check_views(args, examples)
     layout = {"layout": args.layout, "front_pred": args.front_pred, "reverse": args.reverse}
-    run = Run(args, model, tokenizer, examples, places, validation, source, device, autocast, layout, validations=[])
+    run = Run(args, model, tokenizer, examples, places, val_rows, source, device, autocast, layout, validations=[])
     model.to(device).train()
     model.decoder.checkpoint_activations = args.checkpoint_activations
     if args.compile:
@@ -454,7 +454,7 @@ def main():
         total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
         print(f"{args.out}: {total:,} parameters ({trained:,} trained), {len(run.examples):,} rows, on "
               f"{run.device}, from step {run.step}", flush=True)
-        if args.lam > 0 and not run.validation:
+        if args.lam > 0 and not run.val_rows:
             print("there is no --val, so nothing will show whether a small JEPA loss is collapse", flush=True)
 
     done = fit(run)

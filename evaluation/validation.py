@@ -20,7 +20,7 @@ def validate(run):
 
     Several processes all do the same here, so that none has to wait for another.
     """
-    args, model, (conversations, examples) = run.args, run.model.eval(), run.validation
+    args, model, (conversations, examples) = run.args, run.model.eval(), run.val_rows
     views = all(e.code and not (e.own_text and args.layout == "fused") for e in examples)
     whole, sums, states = data.count(examples, views), torch.zeros(3, device=run.device), []
     by_length = sorted(examples, key=lambda e: len(e.full))

@@ -8,6 +8,7 @@ whose speed is the ceiling, so that whatever else the machine does falls on all 
 formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
 """
 
+import importlib
 import os
 import platform
 import re
@@ -106,8 +107,8 @@ def take_turns(forms, rounds, device, warm_up=2):
         for name, form in forms.items():
             began = time.perf_counter()
             form(number)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -142,7 +143,8 @@ def profile(form, device, dtype):
         for number in range(3):
             train_step(form, device, dtype, number)
     column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent = {event.key.removeprefix("aten::"): getattr(event, column) for event in seen.key_averages()}
+    calls = (event for event in seen.key_averages() if event.device_type.name == "CPU")  # with their kernels' times
+    spent = {event.key.removeprefix("aten::"): getattr(event, column) for event in calls}
     shares = {name: time / sum(spent.values()) for name, time in sorted(spent.items(), key=lambda item: -item[1])}
     return {name: round(share, 3) for name, share in shares.items() if share >= 0.02}
 
@@ -157,6 +159,8 @@ def peak_memory():
 
 def memory_of_steps(make_forms, args, name, dtype):
     """MiB that two steps of a form take, model and optimizer included; on the CPU beyond what the libraries take."""
+    for library in ["torch._dynamo", "tiktoken"] + ["transformers.models.llama.modeling_llama"] * name.startswith("HF"):
+        importlib.import_module(library)
     before, device = peak_memory(), hardware(args.device)[0]
     form = make_forms(args, name)[name]
     for number in range(2):
@@ -172,7 +176,7 @@ def in_fresh_process(function, *arguments):
 def one_by_one(decoder, prompt, stop, budget):
     """Greedy decoding as one would first write it: one prompt, no cache, the whole row again for each token."""
     ids = torch.tensor([prompt], device=decoder.embed.weight.device)
-    while ids.shape[1] < len(prompt) + budget:
+    while ids.shape[1] < min(len(prompt) + budget, decoder.config.block_size + 1):
         token = decoder(ids)[:, -1:].argmax(dim=-1)
         if token.item() == stop:
             break

@@ -228,8 +228,9 @@ def main():
         print("\n".join([f"## {name}", "", *lines, ""]))
         if name in GRIDS and any(read_grid(name).values()) and GRIDS[name].get("picture", True):
             draw_grid(name, ROOT / RESULTS / f"{name}.png")
-    for name in () if args.names else CLAIMS:
-        draw_claim(name, ROOT / RESULTS / f"claim-{name}.png")
+    for name, claim in CLAIMS.items():
+        if not args.names or any(arm.split("/")[0] in args.names for arm in claim["arms"]):
+            draw_claim(name, ROOT / RESULTS / f"claim-{name}.png")
     cli.write(README, text)
 
 

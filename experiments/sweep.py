@@ -89,14 +89,15 @@ def run_cell(cell, threads, keep):
             log.truncate(0)
             shutil.rmtree(cell.folder, ignore_errors=True)
         for stage in ("train", "eval"):
-            if cell.result.exists() or re.search(f"^= {stage} .* exit 0$", logged(cell), re.MULTILINE):
+            since = logged(cell).partition(f"$ {cell.commands[stage]}\n")[2]  # by this command, not one of another grid
+            if cell.result.exists() or re.search(f"^= {stage} .* exit 0$", since, re.MULTILINE):
                 continue  # the first: made by another process since we looked
             command, began = cell.commands[stage], time.time()
             if stage == "train" and any((cell.folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
                 command = f"python train.py --resume {cell.folder.relative_to(ROOT)}"
             elif stage == "train":
                 shutil.rmtree(cell.folder, ignore_errors=True)  # stopped before its first checkpoint
-            named = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+            named = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
             print(f"$ {command}\n= code {named.stdout.strip()}", file=log, flush=True)
             words = [sys.executable, *(os.path.expandvars(word) for word in shlex.split(command)[1:])]
             code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,

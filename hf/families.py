@@ -183,11 +183,9 @@ def describe(config):
     """The reverse of `parse`, for a Decoder made from scratch in the style of GPT-2 or Llama."""
     family = "gpt2" if config.position == "learned" else "llama"
     fields = {
-        "model_type": family,
+        "model_type": family, "torch_dtype": "float32",
         "architectures": ["GPT2LMHeadModel" if family == "gpt2" else "LlamaForCausalLM"],
-        "torch_dtype": "float32",
-        "bos_token_id": None,  # transformers would otherwise fill in another vocabulary's
-        "eos_token_id": None,
+        "bos_token_id": None, "eos_token_id": None,  # transformers would otherwise fill in another vocabulary's
     }
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     for theirs, ours in fields_of(family).items():

@@ -93,18 +93,13 @@ def save(decoder, folder, base):
     first = next(iter(adapters.values()))
     rank, alpha = len(first.a), first.alpha
     fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
         "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else str(base),
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": first.dropout,
         "target_modules": sorted({theirs.split(".")[-1] for theirs in ranks}),
         "rank_pattern": {theirs: value for theirs, value in ranks.items() if value != rank},
         "alpha_pattern": {theirs: value for theirs, value in alphas.items() if value != alpha},
         "fan_in_fan_out": any(families.transposed(f"{theirs}.weight") for theirs in ranks),  # as in the base model
-        "bias": "none",
-        "inference_mode": True,
     }
     with writing(folder / TENSORS) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})

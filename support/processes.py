@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import RMSNorm
 from support.cli import Stopped, UserError
 from support.rms_norm import rms_norm
 
@@ -32,6 +31,8 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # a RANK alone is of 
 def hardware(name="auto", dtype="float32"):
     """(device, autocast): where to run; a function that makes the context in which matrix products run in bfloat16, if
     that is wanted. dtype "auto" is bfloat16 on NVIDIA GPUs that have it, and float32 elsewhere."""
+    from model import RMSNorm  # here, because not all that imports this needs models
+
     RMSNorm.formula = staticmethod(rms_norm)  # quick on CPUs
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -124,14 +124,15 @@ def test_metrics_are_those_of_the_predictions(trained, rows, capsys):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_encodings_are_laid_out_as_in_training(rows, tmp_path):
+@pytest.mark.parametrize("variant", ["reverse", "front_pred"])
+def test_encodings_are_laid_out_as_in_training(rows, tmp_path, variant):
     """A run in the paper layout: its Text has no system turn, and so the figures are those of that view."""
-    inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", "--reverse", "--max_steps", "2")
+    inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", f"--{variant}", "--max_steps", "2")
     call(tmp_path / "run", "--data", rows, "--max_new_tokens", "1")
     model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), hf.tokenizer("synth")
     examples = [data.example(c, tokenizer) for c in data.read(rows)]
     with torch.no_grad():
-        batch = data.collate(examples, 1, layout="paper", reverse=True)
+        batch = data.collate(examples, 1, layout="paper", **{variant: True})
         text, code = model.encodings(model.hidden(batch), batch)
     call(tmp_path / "run/best", "--data", rows, "--max_new_tokens", "1", "--out", tmp_path / "best")
     other = Path(shutil.copytree(tmp_path / "run/best", tmp_path / "run/other"))

@@ -1,6 +1,7 @@
 """Sweeps survive what happens to them; tables and pictures come from the committed JSON."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -193,6 +194,38 @@ def test_a_sweep_that_is_stopped_goes_on(place, monkeypatch, how):
     assert [sweep.state(cell) for cell in todo] == ["begun", "begun"]
     assert sweep.run_all(todo, 2, True) == 0
     assert [seen(cell) for cell in todo] == [["anew", "resumed"]] * 2
+
+
+def test_what_another_command_made_does_not_count(place, monkeypatch):
+    """The grid's evaluation is another now, and the result deleted, as one is told to: it is evaluated again."""
+    toy(monkeypatch, {"a": "--lam 0"})
+    (cell,) = sweep.cells("toy")
+    assert sweep.run_all([cell], 1, True) == 0
+    cell.result.unlink()
+    toy(monkeypatch, {"a": "--lam 0"}, on_eval="--limit 1")
+    (cell,) = sweep.cells("toy")
+    assert sweep.run_all([cell], 1, True) == 0
+    assert sweep.logged(cell).count("$ python eval.py") == 2 and sweep.logged(cell).count("$ python train.py") == 1
+    assert "--limit 1" in json.loads(cell.result.read_text())["commands"]["eval"]
+
+
+def test_a_grid_trains_on_the_first_rows(place, monkeypatch):
+    toy(monkeypatch, {"a": "--lam 0"})
+    rows = [f'{{"row": {number}}}\n' for number in range(5)]
+    cli.write(place / "datasets/synth_train.jsonl", "".join(rows))
+    monkeypatch.setattr(sys, "argv", ["sweep", "toy"])
+    sweep.main()
+    assert (place / sweep.RUNS / "first-3.jsonl").read_text() == "".join(rows[:3])
+
+
+@pytest.mark.parametrize("name", sweep.GRIDS)
+def test_every_result_is_of_the_first_rows(name):
+    grid = sweep.GRIDS[name]
+    if not (REPOSITORY / grid["source"]).exists():
+        pytest.skip("needs the published data")
+    first = b"".join((REPOSITORY / grid["source"]).read_bytes().splitlines(keepends=True)[: grid["rows"]])
+    found = {cell["sha256"]["data"] for cells in report.read_grid(name).values() for cell in cells.values()}
+    assert found == {hashlib.sha256(first).hexdigest()} and str(grid["rows"]) in grid["few"]
 
 
 # ---- tables and pictures

@@ -231,6 +231,8 @@ def odd(tmp_path_factory):
 
 @pytest.mark.parametrize("where", ["ascii", "head", "full"])
 def test_printing_never_ends_a_run(odd, tmp_path, where):
+    if where == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
     command = [sys.executable, "train.py", "--out", tmp_path / "run", *odd]
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii" if where == "ascii" else "utf-8"}
     with open("/dev/full" if where == "full" else os.devnull, "w") as sink:

@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import toy_decoder
+from test_bench import counted_flops
 
 from experiments import bench, peers
 from hf import weights
@@ -54,6 +55,19 @@ def test_the_official_rows_are_512_wide_and_recomputed(pair, examples):
         calls.clear()
         peers.their_losses(theirs, batch, mask).total.backward()
         assert len(calls) == times
+
+
+@pytest.mark.parametrize("name", ["HF plain", "HF two rows", "HF three rows"])
+def test_the_operations_of_their_forms_are_those_that_torch_counts(pair, examples, name):
+    """They make logits in every column, ours where there is a label."""
+    ours, theirs, _ = pair
+    make, mask = peers.THEIRS[name]
+    batch = make(examples, k=1)
+    counted = counted_flops(lambda: peers.their_losses(theirs, batch, mask).total.backward())
+    form = peers.their_forms(theirs, examples, Namespace(k=1, batch_size=len(examples)))[name]
+    found = bench.step_flops(ours.decoder.config, batch, form.all_logits)
+    assert found == pytest.approx(counted, rel=0.03) and found > bench.step_flops(ours.decoder.config, batch)
+    assert not bench.our_forms(ours, examples, Namespace(k=1, batch_size=2))["LLM-JEPA, paper"].all_logits
 
 
 def test_each_of_the_three_rows_holds_one_view(examples):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_two_processes_equal_one(toy, tmp_path, engine, optimizer):
     same(tmp_path / "both", alone)
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds processes by pgrep")
 @pytest.mark.parametrize("engine, others, optimizer", [("", 1, "adamw"), ("--shard", 3, "muon")])
 def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, others, optimizer):
     """SIGKILL of one of two workers: all end within 30 s; another number of processes goes on to the same result."""
@@ -106,6 +108,7 @@ def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
     assert 0 < step < 200 and all(line["step"] <= step for line in log(out))
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds processes by pgrep")
 def test_workers_end_when_their_launcher_is_killed(toy, tmp_path):
     """Nobody is left writing into the run, and the run can go on."""
     out, flags = tmp_path / "both", [*toy, *SMALL, "--lr", "5e-4", "--epochs", "400"]

@@ -35,6 +35,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists(command):
     for script in re.findall(r"(?:datasets/)?\b\w+\.py|experiments\.\w+", command):
+        assert (ROOT / f"{script.replace('.', '/')}.py").exists() or (ROOT / script).exists(), script
         if script == "jepa.py" or not re.search(r" --\w", command.split(script, 1)[1]):
             continue
         known = help_of(script)

@@ -607,6 +607,7 @@ def test_a_conversation_of_forty_thousand_turns(made):
     assert "longer than any model reads" in refusal(lambda: tokenizer.chat([{"role": "user", "content": 2**24 * "a"}]))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_the_process_with_limits_ends_with_the_one_that_asks(made):
     """Also when that one is killed, and so has no time to say anything."""
     code = "import sys, time, hf; t = hf.tokenizer(sys.argv[1]); print(1, flush=True); time.sleep(600)"
@@ -627,6 +628,7 @@ def test_the_process_with_limits_ends_with_the_one_that_asks(made):
     pytest.fail("it is still there")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_ctrl_c_does_not_end_it(made):
     """A terminal sends the signal to both processes; a run that is to be stopped still has answers to decode."""
     tokenizer = hf.tokenizer(made("byte-level", CHATML))

@@ -25,6 +25,7 @@ from evaluation import encodings, plots
 from hf import lora, runs, weights
 from jepa import LLMJEPA
 from support import cli, processes
+from support.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "4", "--epochs", "2", "--log_every", "1"]
@@ -479,12 +480,13 @@ def test_the_log_says_epoch_and_rate(toy, tmp_path):
     assert [line["epoch"] for line in lines] == [1] * 6 + [2] * 6
 
 
-@pytest.mark.parametrize("batch_size", [4, 3, 1])
-def test_a_step_goes_down_the_clipped_gradient_of_one_mean(examples, batch_size):
+@pytest.mark.parametrize("batch_size, lam, gamma", [(4, 1, 1), (3, 2, 0.5), (1, 2, 0.5)])
+def test_a_step_goes_down_the_clipped_gradient_of_one_mean(examples, batch_size, lam, gamma):
     """However it is cut, among examples with different numbers of labels: AdamW and Muon would hide a wrong scale."""
-    args = train_script.check(train_script.FLAGS.parse_args(["--batch_size", str(batch_size), "--clip", "0.5"]))
+    args = train_script.check(train_script.FLAGS.parse_args(
+        ["--batch_size", str(batch_size), "--clip", "0.5", "--lam", str(lam), "--gamma", str(gamma)]))
     model, same = (LLMJEPA(toy_decoder("llama"), 1) for _ in range(2))
-    losses = same(data.collate(examples, 1))
+    losses = same(data.collate(examples, 1), lam=lam, gamma=gamma)
     losses.total.backward()
     norm = torch.cat([p.grad.flatten() for p in same.parameters()]).norm()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)  # fused: it knows found_inf
@@ -495,6 +497,63 @@ def test_a_step_goes_down_the_clipped_gradient_of_one_mean(examples, batch_size)
     assert_close((taken["sums"], taken["norm"]), (torch.stack(losses).detach(), norm), rtol=1e-5, atol=1e-5)
     for p, q in zip(model.parameters(), same.parameters(), strict=True):
         assert_close(p.detach(), q.detach() - args.lr * q.grad * 0.5 / norm, rtol=1e-5, atol=1e-6)
+
+
+def test_every_draw_depends_on_the_seed(toy, tmp_path, monkeypatch):
+    """Initial weights, order of the data, partners of shuffled pairs, which steps drop the JEPA loss."""
+    seeds = {"order": set(), "derangement": set(), "dropped": set()}
+    for name, at in (("order", 2), ("derangement", 1), ("dropped", 1)):
+        own = getattr(data, name)
+        monkeypatch.setattr(data, name, lambda *words, own=own, name=name, at=at: (
+            seeds[name].add(words[at]), own(*words))[1])
+    flags = [*toy, *SMALL, "--shuffle_pairs", "--loss_dropout", "0.5", "--lr", "0", "--weight_decay", "0"]
+    for seed in (3, 4):
+        inside("--out", tmp_path / str(seed), *flags, "--max_steps", "2", "--seed", seed)
+    assert seeds["order"] == seeds["dropped"] == {3, 4} and {3, 4} <= seeds["derangement"]  # validation has its own
+    one, other = (load_file(tmp_path / seed / "best/model.safetensors") for seed in "34")
+    pairs = [(one[name], other[name]) for name in one if one[name].dim() > 1]
+    assert len(pairs) > 7 and not any(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("flags, lr, batch_size, optimizer, tokenizer", [
+    ([], 3e-3, 32, "muon", "synth"), (["--optimizer", "adamw"], 2e-3, 32, "adamw", "synth"),
+    (["--init", "org/model"], 2e-5, 4, "adamw", "org/model"),
+    (["--init", "org/model", "--lr", "1e-4"], 1e-4, 4, "adamw", "org/model")])
+def test_defaults(flags, lr, batch_size, optimizer, tokenizer):
+    """Grids and READMEs speak of runs that left these out."""
+    args = train_script.check(train_script.FLAGS.parse_args(flags))
+    assert (args.lr, args.batch_size, args.optimizer, args.tokenizer) == (lr, batch_size, optimizer, tokenizer)
+    assert (args.lam, args.k, args.distance, args.epochs, args.warmup, args.weight_decay, args.clip, args.schedule) == (
+        1.0, 1, "cosine", 4, 0.03, 0.1, 1.0, "cosine")
+    made = train_script.make_optimizer(LLMJEPA(toy_decoder("llama"), 1), args)
+    assert made.defaults["betas"] == (0.9, 0.95) and all(group["lr"] == lr for group in made.param_groups)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_computes_in_the_type_that_was_asked_for(toy, monkeypatch, dtype):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: True)
+    args = train_script.check(train_script.FLAGS.parse_args([*map(str, toy), *SMALL, "--dtype", dtype]))
+    run, seen = train_script.prepare(args), set()
+    run.total, (run.failures, run.skipped) = 9, torch.zeros(2)
+    projection = run.model.decoder.blocks[0].attn.q_proj
+    projection.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    train_script.take_step(run, run.examples[:4])
+    assert seen == {getattr(torch, dtype)} and projection.weight.dtype == torch.float32
+
+
+def test_a_run_is_locked_while_it_is_trained(toy, tmp_path, monkeypatch):
+    fit, tried = train_script.fit, []
+
+    def locked(run):
+        with pytest.raises(UserError, match="another process is training this run"):
+            runs.lock(run.args.out)
+        tried.append(run.args.resume)
+        return fit(run)
+
+    monkeypatch.setattr(train_script, "fit", locked)
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "1")
+    inside("--resume", tmp_path / "run")
+    assert tried == [None, tmp_path / "run"]
 
 
 def test_shuffled_pairs_are_anew_each_epoch(toy, tmp_path, monkeypatch):
@@ -520,14 +579,18 @@ def test_best_is_the_highest_exact_match_then_the_lowest_loss(toy, tmp_path, mon
     assert kept == [1, 1, 1, 2, 3, 3]
 
 
-def test_validation_is_one_mean_over_all_rows(toy, tmp_path):
+@pytest.mark.parametrize("flags, layout", [
+    ("", {}), ("--layout paper", {"layout": "paper"}), ("--reverse", {"reverse": True}),
+    ("--layout paper --front_pred", {"layout": "paper", "front_pred": True}), ("--distance mse", {})])
+def test_validation_is_one_mean_over_all_rows(toy, tmp_path, flags, layout):
     """Batches of four rows and one: the figures are those of one pass over all five."""
-    inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "2", "--lam", "2")
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "2", "--lam", "2", *flags.split())
     found, model = log(tmp_path / "run")[-1], runs.load_model(tmp_path / "run/checkpoint").eval()
     made = [data.example(c, hf.tokenizer("synth")) for c in data.read(toy[3])]
-    batch = data.collate(sorted(made, key=lambda e: len(e.full)), 1)
+    batch = data.collate(sorted(made, key=lambda e: len(e.full)), 1, **layout)
     with torch.no_grad():
-        total, lm, distance = (loss.item() for loss in model(batch, lam=2.0))
+        distance = "mse" if "mse" in flags else "cosine"
+        total, lm, distance = (loss.item() for loss in model(batch, lam=2.0, distance=distance))
         cosines = encodings.cosines(*model.encodings(model.hidden(batch), batch))
     expected = {"val_lm": lm, "val_total": total, "val_jepa": distance}
     expected |= {f"val_cosine_{name}": value for name, value in cosines.items()}
