@@ -97,8 +97,8 @@ def run_cell(cell, threads, keep):
                 command = f"python train.py --resume {cell.folder.relative_to(ROOT)}"
             elif stage == "train":
                 shutil.rmtree(cell.folder, ignore_errors=True)  # stopped before its first checkpoint
-            named = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
-            print(f"$ {command}\n= code {named.stdout.strip()}", file=log, flush=True)
+            tag = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
+            print(f"$ {command}\n= code {tag.stdout.strip()}", file=log, flush=True)
             words = [sys.executable, *(os.path.expandvars(word) for word in shlex.split(command)[1:])]
             code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
