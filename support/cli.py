@@ -44,7 +44,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults behind each flag that has one, the description's own line breaks kept."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if isinstance(action.default, bool | None) else super()._get_help_string(action)
 
 
 def number(least=0, most=math.inf, above=False, kind=float):
