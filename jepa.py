@@ -189,7 +189,7 @@ class LLMJEPA(nn.Module):
     def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
         """`Losses` of a batch.
 
-        stop_grad: "text" or "code" makes that encoding a constant, in the one that predicts with [PRED] (paper: none).
+        stop_grad: "text" or "code" makes that encoding a constant, [PRED] too where it predicts (the paper: "none").
         whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
         part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
         not for distances IN_BATCH, which compare the examples of one part only, over all processes).

@@ -154,8 +154,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask):
         """softmax(scale q k^T, over the columns that the mask allows) v: (B, H, T, D).
 
-        The H/G query heads that share keys are laid one after another, as that many times T queries of one head. (CUDA
-        has no fused kernel for `enable_gqa` with a mask, and decoding would read keys and values once for each head.)
+        The H/G query heads that share keys are laid one after another, as that many times T queries of one head. (Of
+        CUDA's fused kernels at most cuDNN's takes `enable_gqa` with a mask; and keys would be read once for each head.)
         """
         c, sharing = self.config, self.config.n_head // self.config.n_kv_head
         q = q.unflatten(1, (-1, sharing)).flatten(2, 3)  # (B, G, H/G*T, D)

@@ -162,7 +162,7 @@ def test_a_batch_is_copied_behind_the_back_of_cuda_alone(monkeypatch):
 
 
 def test_heads_that_share_keys_need_no_kernel_of_their_own(monkeypatch):
-    """CUDA's fused kernels want as many heads of keys as of queries wherever there is a mask."""
+    """Of CUDA's fused kernels, but for cuDNN's, those that take a mask want as many heads of keys as of queries."""
     attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
 
     def watched(q, k, v, attn_mask, **more):
