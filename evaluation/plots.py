@@ -18,10 +18,10 @@ def panels(*size, sharey=False, **options):
     return figure, figure.subplots(*size, sharey=sharey)
 
 
-def save(figure, path):
-    """Write a figure, whole or not at all."""
+def save(figure, path, area="tight"):
+    """Write a figure, whole or not at all. area: as large as what is drawn needs, or None: as large as it was made."""
     with writing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120, bbox_inches="tight", metadata={"Software": "nano-llm-jepa"})
+        figure.savefig(unfinished, format="png", dpi=120, bbox_inches=area, metadata={"Software": "nano-llm-jepa"})
 
 
 def legible(name, most=50):
@@ -55,7 +55,7 @@ def curves(folders, path):
     named = folders if isinstance(folders, dict) else {Path(folder).name: folder for folder in folders}
     logs = [runs.read_log(folder) for folder in named.values()]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(logs))]
-    figure, axes = panels(1, len(PANELS), figsize=(15, 4.5), layout="constrained")
+    figure, axes = panels(1, len(PANELS), figsize=(15, 4.3 + 0.2 * len(logs)), layout="constrained")
     for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
         for key, (style, label) in keys.items():
             axis.plot([], style, color="#555555", markersize=4, label=label)
@@ -72,7 +72,7 @@ def curves(folders, path):
     labels = [f"{legible(name)} ({training_of(runs.settings(folder))})" for name, folder in named.items()]
     lines = [axes[0].plot([], "-o", color=colour, markersize=4)[0] for colour in colours]
     figure.legend(lines, labels, loc="outside lower center", ncols=1)
-    save(figure, path)
+    save(figure, path, area=None)  # after each epoch of a training: to look what is needed would draw it twice
 
 
 def drawable(*values):

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import data
 import hf
 from jepa import CODE, PRED, TEXT
+from support import cli
 from support.cli import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +235,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 # ---- python data.py
 
 
-def test_the_command_shows_views_mask_and_statistics(tmp_path):
+def test_the_command_shows_views_mask_and_statistics(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, row(SYSTEM, USER, ANSWER))
     command = [sys.executable, ROOT / "data.py", path, "--k", "1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -242,8 +243,11 @@ def test_the_command_shows_views_mask_and_statistics(tmp_path):
     assert "TEXT   #..." in shown and "Pred(Enc(Text)) is the state at row 0" in shown and "PRED1" in shown
     assert "fused row, k=1" in shown
     for mistake in ("--row=5", "--row=--"):
-        bad = subprocess.run([*command, mistake], capture_output=True, text=True)
-        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", [*map(str, command[1:]), mistake])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(data.main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
 # ---- rows with views of their own, plain text, paraphrases

@@ -16,7 +16,6 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from test_train import SMALL, inside, toy_rows
 
@@ -38,14 +37,6 @@ def call(*flags):
         eval_script.main()
     finally:
         sys.argv = before
-
-
-@pytest.fixture(autouse=True)
-def rough(monkeypatch):
-    """Pictures are drawn small: that is quicker."""
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, metadata, **options: savefig(
-        self, path, format="png", dpi=20, metadata=metadata))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from test_readme import help_of
 
 import jepa
 import train
@@ -446,8 +447,7 @@ def test_what_cannot_be_swept_is_said_in_one_line(place, monkeypatch, words, sai
 
 @pytest.mark.parametrize("module", ["bench", "peers", "sweep", "report", "figures"])
 def test_the_commands_of_the_readme_exist(module):
-    help_text = subprocess.run([sys.executable, "-m", f"experiments.{module}", "--help"], cwd=REPOSITORY,
-                               capture_output=True, text=True, check=True).stdout
+    help_text = help_of(f"experiments.{module}")
     assert f"python -m experiments.{module} " in help_text, "an example, as one would type it"
     commands = re.findall(rf"`python\s+-m\s+experiments\.{module}\b([^`]*)`", report.README.read_text(encoding="utf-8"))
     assert commands or module == "figures"

@@ -29,10 +29,15 @@ def run(tmp_path):
 
 
 @pytest.fixture
+def rough():
+    """Pictures as users get them, unlike in other tests."""
+
+
+@pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
     figures, save = [], plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or save(figure, path))
+    monkeypatch.setattr(plots, "save", lambda figure, path, **how: figures.append(figure) or save(figure, path, **how))
     return figures
 
 
