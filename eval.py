@@ -120,10 +120,10 @@ def evaluate(path, name, folder, conversations, args, **about):
     system = report.Evaluated(name, scored(found, conversations, args))
 
     # What do the encodings look like? Do they tell which Code belongs to which Text, or are all of them alike?
-    reverse, distinct_codes = opened.layout.get("reverse", False), len({tuple(e.code) for e in examples})
+    reverse, codes = opened.layout.get("reverse", False), [tuple(e.code) for e in examples]
     states = encodings.encode(opened.model, examples, args.batch_size, **opened.layout)
     sides = encodings.sides(states, reverse)
-    system.figures = encodings.measure(states, reverse, args.seed, distinct_codes)
+    system.figures = encodings.measure(states, reverse, args.seed, codes)
     system.verdict = encodings.verdict(system.figures, reverse)
     title = name if opened.seed is None else f"{name}, seed {opened.seed}"
     system.spectra[title] = states
@@ -131,7 +131,7 @@ def evaluate(path, name, folder, conversations, args, **about):
         base = runs.open_model(args.base, device, args.tokenizer)
         states, reverse = encoded_before(base, opened, conversations, args)
         system.spectra[f"{args.base.name} (before)"] = states
-        system.before = encodings.measure(states, reverse, args.seed, distinct_codes)
+        system.before = encodings.measure(states, reverse, args.seed, codes)
     title += f" on {args.data.name}, n = {len(examples)}"
     report.write_model(system, sides, folder, title, data=str(args.data), **about)
     return system
@@ -186,7 +186,7 @@ def encoded_before(base, opened, conversations, args):
     layout = base.layout if len(base.model.pred) else opened.layout | {"front_pred": False, "reverse": False}
     try:
         _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,
-                                       len(base.model.pred))
+                                       len(base.model.pred), too_long=None)
     except UserError as mistake:
         raise UserError(f"--base {args.base}: {mistake}") from None
     return encodings.encode(base.model, examples, args.batch_size, **layout), layout.get("reverse", False)
@@ -210,7 +210,8 @@ def converse(args):
                 _, answer = next(written(opened, args, [conversation], [example]))
             print("\n".join([answer["output"], *(codes.nearest(example) if codes else [])]), flush=True)
             if not answer["stopped"]:
-                print(f"(cut off: no stop token within {args.max_new_tokens} tokens)", file=sys.stderr)
+                room = opened.model.decoder.config.block_size + 1 - example.answer_start
+                print(f"(cut off: no stop token within {min(room, args.max_new_tokens)} tokens)", file=sys.stderr)
         except UserError as mistake:
             if args.ask:
                 raise

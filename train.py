@@ -366,7 +366,7 @@ def validate_if_due(run, per_epoch):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
     quality = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
     if not run.val_rows or all(quality(scores) > quality(line) for line in run.validations):
-        runs.save_best(run.model, run.args, run.source)
+        runs.save_best(run.model, run.args, run.source, run.tokenizer)
     run.validations.append({"step": run.step, **scores})
     if run.val_rows and RANK == 0:
         epoch = math.ceil(run.step / per_epoch)

@@ -54,7 +54,7 @@ def prepared(question, like, opened):
     system = [turn for turn in like[:1] if turn["role"] == "system"]
     asked = data.Conversation([*system, {"role": "user", "content": question}, answer], "the question:1")
     room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
-    (conversation,), (example,) = data.examples_of([asked], opened.tokenizer, room, k)
+    (conversation,), (example,) = data.examples_of([asked], opened.tokenizer, room, k, too_long=None)
     return conversation, example
 
 

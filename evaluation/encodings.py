@@ -85,12 +85,15 @@ def mean_pairwise_cosine(x):  # (n, C) -> ()
     return float((total @ total - n) / (n * (n - 1)))
 
 
-def ranks(query, key):  # (n, C), (n, C) -> (n,)
-    """Where a query's own key stands when all n keys are sorted by cosine, from 1. Ties count against it."""
+def ranks(query, key, codes=None):  # (n, C), (n, C), n hashable values -> (n,)
+    """Where a query's own key stands when all n keys are sorted by cosine, from 1. Ties count against it, but for rows
+    of the same Code: each is as right as the other, and rounding would decide between them."""
     query, key = unit(query), unit(key)
-    own = (query * key).sum(axis=1)[:, None] - 1e-12
+    own, numbers = (query * key).sum(axis=1)[:, None] - 1e-12, {}
+    codes = np.array([numbers.setdefault(code, len(numbers)) for code in codes or range(len(query))])
     at_once = [slice(start, start + 1000) for start in range(0, len(query), 1000)]  # not all of (n, n)
-    return np.concatenate([(query[part] @ key.T >= own[part]).sum(axis=1) for part in at_once])
+    return 1 + np.concatenate([((query[part] @ key.T >= own[part]) & (codes[part, None] != codes)).sum(axis=1)
+                               for part in at_once])
 
 
 def effective_rank(x):  # (n, C) -> number between 1 and C
@@ -128,13 +131,13 @@ def linear_map(text, code):  # (n, C), (n, C) -> (relative residual on held-out 
     return float(residual(best, part == 4) / spread) if spread > negligible else 1.0, absolute
 
 
-def measure(encodings, reverse=False, seed=0, different_codes=None):
-    """All figures of what `encode` made of n >= 4 examples. different_codes: how many Codes differ."""
+def measure(encodings, reverse=False, seed=0, codes=None):
+    """All figures of what `encode` made of n >= 4 examples. codes: by which equal Codes are known, if any are equal."""
     text, code = sides(encodings, reverse).values()
     pairs, shuffled, _ = cosines(text, code, seed).values()
     figures = {"cosine_aligned": pairs, "cosine_shuffled": shuffled, "cosine_gap": pairs - shuffled}
     for name, (query, key) in {"text_to_code": (text, code), "code_to_text": (code, text)}.items():
-        rank = ranks(query, key)
+        rank = ranks(query, key, codes)
         figures |= {f"retrieval_at_1_{name}": (rank == 1).mean(), f"retrieval_at_10_{name}": (rank <= 10).mean(),
                     f"mrr_{name}": (1 / rank).mean()}
     for name, matrix in encodings.items():
@@ -145,25 +148,27 @@ def measure(encodings, reverse=False, seed=0, different_codes=None):
     figures |= {"linear_residual_relative": relative, "linear_residual_absolute": absolute,
                 "top100_singular_values_of_difference": top.mean()}
     rounded = {name: None if value is None else round(float(value), 6) + 0.0 for name, value in figures.items()}
-    return {"n": len(text), "different_codes": different_codes or len(text)} | rounded
+    return {"n": len(text), "different_codes": len(set(codes or range(len(text))))} | rounded
 
 
 def verdict(figures, reverse=False):
     """One sentence: have the encodings that the JEPA loss compares collapsed?
 
     Pretrained decoders' states lie in a cone (a mean cosine of 0.94 between different Codes, for one of 135M
-    parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction.
+    parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction, as
+    may what is predicted from them, or of them.
     """
-    names = {"pred": "the predictions"}
+    few = figures["different_codes"] < 10
+    names = {} if few and reverse else {"pred": "the predictions"}
     if reverse:
         names["text"] = "Enc(Text)"
-    elif figures["different_codes"] >= 10:
+    elif not few:
         names["code"] = "Enc(Code)"
     worst = max(names, key=lambda name: figures[f"mean_pairwise_cosine_{name}"])
     pairwise, rank = figures[f"mean_pairwise_cosine_{worst}"], min(figures[f"effective_rank_{name}"] for name in names)
     numbers = f"mean cosine between different rows of {names[worst]} {pairwise:.3f}, smallest effective rank {rank:.1f}"
     gap = figures["cosine_gap"]
-    if pairwise > 0.99 or rank < 2:
+    if pairwise > 0.99 or rank < 2 and not few:
         return f"The encodings have collapsed: different rows point in nearly one direction ({numbers})."
     if gap < 0.05:
         return f"No collapse ({numbers}), but pairs are hardly closer than shuffled ones ({gap:+.3f} in cosine)."

@@ -90,9 +90,13 @@ def table(systems, task, seed):
     for reason in REASONS:
         counts = [sum(row["wrong_because"] == reason for row in system.rows) for system in systems]
         cells.append([f"wrong: {reason}", *map(str, counts)])
+    for key, label in LABELS["doubtful"].items():
+        counts = [sum(key in row for row in system.rows) for system in systems]
+        if any(counts):
+            cells.append([label, *map(str, counts)])
     for name, label in FIGURES.items() if first.figures else ():
         cells.append([label, *(number(system.figures[name]) for system in systems)])
-        if first.before and name != "n":
+        if first.before and name not in ("n", "different_codes"):
             cells.append([f"{label}: before", *(number(system.before[name]) for system in systems)])
     return markdown(cells)
 
@@ -116,14 +120,7 @@ def markdown(cells):
 def show(systems, args):
     """Print a table of systems, and of a single one what the table does not say."""
     print(f"\n{args.data.name}, task {args.task}", *table(systems, args.task, args.seed), sep="\n")
-    if len(systems) > 1:
-        return
-    found = metrics(systems[0], args.task)
-    if found["unscorable"]:
-        print(f"{found['unscorable']} rows cannot be scored and are left out")
-    if found["undecided"]:
-        print(f"{found['undecided']} regexes are too hard to compare with the gold one, and count as different")
-    if systems[0].verdict:
+    if len(systems) == 1 and systems[0].verdict:
         print(systems[0].verdict)
 
 

@@ -176,9 +176,12 @@ def draw_claim(name, path):
     for axis, (metric, label) in zip(np.atleast_1d(axes), claim["metrics"].items(), strict=True):
         for line, (grid, arm) in enumerate(arm.split("/") for arm in claim["arms"]):
             cells = read_grid(grid)
+            base = cells[base_of(arm, cells)] if metric == "gain" else cells[arm]
+            if not cells[arm].keys() & base.keys():
+                continue  # not run: its line stays empty
             found = [value(cell, metric) for cell in cells[arm].values()]
             if metric == "gain":
-                found, _ = compare(cells[arm], cells[base_of(arm, cells)])
+                found, _ = compare(cells[arm], base)
             found = [number * (100 if "%" in label or "points" in label else 1) for number in found]
             (middle, half), colour = interval(found), plots.COLOURS[[*GRIDS].index(grid) % 7]
             axis.errorbar(middle, line, xerr=half, fmt="o", markersize=6, capsize=3, color=colour)

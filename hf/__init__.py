@@ -9,4 +9,4 @@ def tokenizer(name_or_folder):
         return data.TOKENIZERS[name_or_folder]()
     from hf import templates, weights
 
-    return templates.open_tokenizer(weights.fetch(name_or_folder))
+    return templates.open_tokenizer(weights.fetch(name_or_folder, model=False))

@@ -162,9 +162,10 @@ def windows(f, family, n_layer):
     if family not in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
         return {}
     kinds, qwen = f.take("layer_types", list, None), family.startswith("qwen")
-    window = f.take("sliding_window", int, None if qwen else NEEDED)
+    used = not qwen or f.take("use_sliding_window", bool, False)
+    window = f.take("sliding_window", int, NEEDED if used else None, null=qwen)
+    window = window if used else None
     if qwen:
-        window = window if f.take("use_sliding_window", bool, False) else None
         first = f.take("max_window_layers", int, None if kinds or not window else NEEDED, above=-1)
         windowed = [window is not None and layer >= (first or 0) for layer in range(n_layer)]
     else:

@@ -128,6 +128,8 @@ def read_config(path):
         f.refuse("only LORA adapters without biases are supported")
     if f.values.pop("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
         f.refuse("init_lora_weights names a method that changes the base model, too; that is not supported")
+    if f.values.pop("revision", None) not in (None, "main"):
+        f.refuse("revision names another version of the base model than main; that is not supported")
     rank = by_module("rank_pattern", int, f.take("r", int))
     alpha = by_module("alpha_pattern", float, f.take("lora_alpha", float))
     targets = f.take("target_modules", list)

@@ -55,9 +55,11 @@ def digest(*paths):
 
 def model_files(folder):
     """What a model in a Hugging Face folder consists of: weights, settings, tokenizer, chat template."""
-    kinds = (".safetensors", ".bin", ".json", ".jinja")
-    files = (path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file())
-    return sorted(path for path in files if path.name != "metrics.json")  # of eval.py --out
+    folder, found = Path(folder), {"config.json", "pred.safetensors", lora.CONFIG, lora.TENSORS, *weights.SIDE_FILES}
+    found |= {f"{name}.index.json" for name in weights.WHOLE}
+    with contextlib.suppress(UserError):  # adapters, or a tokenizer alone
+        found |= {path.name for path in weights.weight_files(folder)}
+    return sorted(folder / name for name in found if (folder / name).is_file())
 
 
 def tokenizer_digest(name):
@@ -65,7 +67,8 @@ def tokenizer_digest(name):
         return digest(data.SYNTH_RANKS)
     if name in NAMES:
         return name
-    return digest(*(f for f in model_files(weights.fetch(name)) if "token" in f.name or f.suffix == ".jinja"))
+    folder = weights.fetch(name, model=False)
+    return digest(*(f for f in model_files(folder) if "token" in f.name or f.suffix == ".jinja"))
 
 
 def digests(args):
@@ -166,12 +169,12 @@ def read_log(run):
 # ---- models
 
 
-def save_model(model, folder, source=None, training=None):
+def save_model(model, folder, source=None, training=None, tokenizer=None):
     """Write an `LLMJEPA` as `folder`, replacing the one that was there.
 
     source: the Hugging Face folder that the decoder came from. training: the state to resume from; without it the
-    decoder is written as a model of its own, adapters merged. Raises UserError, and leaves the old folder, where
-    that fails or a weight is not finite.
+    decoder is written as a model of its own, adapters merged. tokenizer: see `weights.save`. Raises UserError, and
+    leaves the old folder, where that fails or a weight is not finite.
     """
     folder = Path(folder)
     for name, tensor in model.state_dict().items():
@@ -186,8 +189,10 @@ def save_model(model, folder, source=None, training=None):
             on_cpu = {id(p): nn.Parameter(p.detach().to("cpu", copy=True)) for p in decoder.parameters()}
             decoder = copy.deepcopy(decoder, on_cpu)  # a GPU may have no room for another
             lora.merge(decoder)
-        save = lora.save if adapted and training is not None else weights.save
-        save(decoder, new, source)
+        if adapted and training is not None:
+            lora.save(decoder, new, source)
+        else:
+            weights.save(decoder, new, source, tokenizer=tokenizer)
         save_file({"pred": model.pred.detach().cpu().contiguous()}, new / "pred.safetensors")
         if training is not None:
             torch.save(training, new / "training.pt")
@@ -217,7 +222,7 @@ def save_checkpoint(model, optimizer, args, source, state):
         save_model(model, folder, base, state | {"optimizer": optimizer.state_dict()})
 
 
-def save_best(model, args, source):
+def save_best(model, args, source, tokenizer):
     """Write the weights as best/. All processes call this: of a sharded model each holds a part only."""
     if args.shard:
         state = processes.whole_weights(model)
@@ -225,7 +230,7 @@ def save_best(model, args, source):
             model = LLMJEPA(weights.without_values(model.decoder.config), len(model.pred))
             model.load_state_dict(state, assign=True)
     if processes.RANK == 0:
-        save_model(model, args.out / "best", source)
+        save_model(model, args.out / "best", source, tokenizer=tokenizer)
 
 
 def load_checkpoint(model, optimizer, args):
@@ -315,6 +320,8 @@ class Opened:
 
 def is_run(path):
     """Is this a run folder of train.py? Otherwise it is a Hugging Face folder. UserError where it is neither."""
+    if (Path(path) / lora.CONFIG).exists():
+        return False  # adapters: they name their base model
     if not (Path(path) / "config.json").exists():
         raise UserError(f"{path}: no run and no model here (no config.json); give a folder of train.py or Hugging Face")
     return "arguments" in read_json(Path(path) / "config.json")

@@ -157,15 +157,16 @@ def cut(encode, hide, control, parts, messages):
     """`Tokenizer.chat`, its pieces as (ids, turn): the ids of the whole rendering, cut at the contents.
 
     A token that reaches from the template into a content ("[/INST] yes": "▁yes" takes the template's blank along)
-    belongs to the content, but a control token that swallows the blanks beside it does not. A blank content is the
-    template's and has no piece.
+    belongs to the content, and so does such a blank alone ("▁", "6"): what stands in front of an answer must not tell
+    how it begins. But a control token that swallows the blanks beside it does not. A blank content is the template's
+    and has no piece.
     """
     texts, contents, end = [], [], 0
     for text, turn in parts(messages):
         texts.append(hide(text) if turn is None else text)
         start, end = end, end + len(texts[-1])
         if turn is not None:
-            contents.append((start, end, turn))
+            contents.append((start - len(texts[-2]) + len(texts[-2].rstrip(" ")), end, turn))
     whole = encode("".join(texts))
     ids, at, pieces, i = whole.ids, whole.offsets, [], 0
     for start, end, turn in contents:
@@ -307,7 +308,8 @@ def parts_of(folder, render, skeleton, messages):
         at += len(form) + len(after)
     if "".join(text for text, _ in parts) != rendered:
         role, content = messages[turn]["role"], messages[turn]["content"]
-        raise UserError(f"{folder}: the chat template changes the {role}'s content {content[:40]!r}")
+        raise UserError(f"{folder}: the chat template changes the {role}'s content {content[:40]!r}, or what it prints "
+                        "behind it depends on the next content (as with <think>)")
     return parts
 
 

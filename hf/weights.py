@@ -22,8 +22,10 @@ from hf import families, sandbox
 from model import Decoder
 from support.cli import UserError, read_json, write_json, writing
 
-SIDE_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
-    tokenizer.model chat_template.jinja chat_template.json generation_config.json""".split()  # copied by `save`
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # files of all weights; of shards there is an index of that name
+TEXT_FILES, GENERATION = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), "generation_config.json"
+SIDE_FILES = (*TEXT_FILES, GENERATION, *"""special_tokens_map.json added_tokens.json vocab.json merges.txt
+    tokenizer.model chat_template.json""".split())  # copied by `save`
 
 
 def config(folder):
@@ -67,11 +69,12 @@ def check_tokenizer(tokenizer, decoder):
                         f"{decoder.config.vocab_size}; choose the model's own --tokenizer")
 
 
-def save(decoder, folder, source=None, dtype=torch.float32):
+def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
     """Write config.json and model.safetensors; a failure leaves what was in the folder as it was.
 
     source: the folder the decoder came from, whose config.json and tokenizer files go along (of config.json only the
     dtype changes, to that of the tensors). None: a config.json for LlamaForCausalLM or GPT2LMHeadModel is made.
+    tokenizer: the `data.Tokenizer` of the training, if that is to go along instead, and its stop token to end answers.
     """
     folder, have = Path(folder), decoder.state_dict()
     fields = families.describe(decoder.config) if source is None else read_json(Path(source) / "config.json")
@@ -83,10 +86,13 @@ def save(decoder, folder, source=None, dtype=torch.float32):
         joined = torch.cat([have[name] for name in ours]) if ours[1:] else have[ours[0]]
         tensors[theirs] = (joined.t() if families.transposed(theirs) else joined).to("cpu", dtype).contiguous()
     try:
-        for name in SIDE_FILES if source else ():
-            if (Path(source) / name).exists():
+        for name in SIDE_FILES:
+            place = tokenizer.name if tokenizer and name != GENERATION else source
+            if place and os.path.isdir(place) and (Path(place) / name).exists():
                 with writing(folder / name) as unfinished:
-                    shutil.copyfile(Path(source) / name, unfinished)
+                    shutil.copyfile(Path(place) / name, unfinished)
+        if tokenizer:
+            end_answers(folder, fields.get("eos_token_id"), tokenizer.stop)
         with writing(folder / "model.safetensors") as unfinished:
             save_file(tensors, unfinished, metadata={"format": "pt"})
         write_json(folder / "config.json", fields)
@@ -94,8 +100,25 @@ def save(decoder, folder, source=None, dtype=torch.float32):
         raise UserError(f"{folder}: cannot write there: {error}") from error
 
 
-def fetch(name):
-    """`name` if it is a folder; otherwise the folder of the Hub model `org/name`, downloaded unless it is cached."""
+def end_answers(folder, eos, stop):
+    """Have `generate` of transformers end at the token `stop`, too. eos: what config.json has it end at, if anything.
+
+    A chat template may end answers with another token than the model's own (Qwen2.5's base models: <|im_end|>).
+    """
+    path = folder / GENERATION
+    with contextlib.suppress(UserError):  # a file that is no JSON stays as it is
+        settings = read_json(path) if path.exists() else {}
+        eos = settings.get("eos_token_id", eos)
+        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if stop not in ends:
+            write_json(path, settings | {"eos_token_id": [stop, *ends]})
+
+
+def fetch(name, model=True):
+    """`name` if it is a folder; otherwise the folder of the Hub model `org/name`, downloaded unless it is cached.
+
+    model=False: its tokenizer is enough.
+    """
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
@@ -104,12 +127,17 @@ def fetch(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"{name}: no such folder; to download it from the Hub: pip install huggingface_hub") from None
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
+    wanted = ["config.json", *SIDE_FILES, *(["model*.safetensors", "model.safetensors.index.json"] if model else [])]
     for cached in (True, False):  # without a network, the latter gives what is in the cache, too
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
-            read_json(folder / "config.json"), weight_files(folder)  # a download that broke off is no model
-            if not cached or (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists():
+            text, settings, template = (folder / name for name in TEXT_FILES)
+            if model:
+                read_json(folder / "config.json"), weight_files(folder)  # a download that broke off is no model
+            elif not text.exists():
+                raise UserError(f"{text}: no such file")
+            if not cached or text.exists() and settings.exists() and (
+                    template.exists() or "chat_template" in read_json(settings)):
                 return str(folder)  # other programs may have fetched a part
         except Exception as failure:  # offline, gated, misspelt ...: the Hub's clients have many exceptions
             reason = str(failure).strip().split("\n")[0] or type(failure).__name__
@@ -121,7 +149,7 @@ def fetch(name):
 
 def weight_files(folder):
     """The files of weights in a folder: one, or the shards that an index lists."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WHOLE:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]

@@ -71,9 +71,9 @@ def check(line, where):
     if not known:
         raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content", or '
                         '{"prompt": ..., "completion": ...}')
-    text, code = (turns(row[name], role, where) if name in row else None for name, role in VIEWS.items())
+    text, code = (turns(row[name], role, where) if row.get(name) is not None else None for name, role in VIEWS.items())
     group = row.get("group")
-    if group is not None and not isinstance(group, (str, int)):
+    if group is not None and not isinstance(group, (str, int, float)):
         raise UserError(f"{where}: a group must be a string or a number")
     if group is not None and code is not None:
         raise UserError(f"{where}: has a group and a code; the Code of a paraphrase is the next row of its group")
@@ -128,7 +128,7 @@ def fitting(conversations, make, needs, limit, too_long):
     """(conversation, example) of each row that has room in a model, one at a time.
 
     make: conversation -> example. needs: example -> tokens. Rows that need more than `limit` are refused, or with
-    too_long="skip" left out and reported.
+    too_long="skip" left out and reported. too_long=None: refused, and nothing is said of a flag for it.
     """
     kept, skipped = 0, []
     for conversation in conversations:
@@ -144,8 +144,8 @@ def fitting(conversations, make, needs, limit, too_long):
         elif too_long == "skip":
             skipped.append(conversation.where)
         else:
-            raise UserError(f"{conversation.where}: needs {needs(made)} tokens, the model has room for {limit}; take "
-                            "a model with more room, or leave such rows out with --too_long skip")
+            raise UserError(f"{conversation.where}: needs {needs(made)} tokens, the model has room for {limit}; take a "
+                            f"model with more room{', or leave such rows out with --too_long skip' * bool(too_long)}")
     if skipped:
         some = ", ".join(skipped[:5]) + (", ..." if skipped[5:] else "")
         print(f"skipped {len(skipped)} rows longer than {limit} tokens: {some}", file=sys.stderr)

@@ -327,6 +327,14 @@ def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
         data.read(write(tmp_path, row(said("one"), group=1), row(said("two"), group=2), row(said("3"), group=1)))
 
 
+def test_null_is_a_missing_column(tmp_path):
+    """So pandas and Hugging Face's datasets write it; and a column of whole numbers with gaps as 7.0."""
+    plain, = data.read(write(tmp_path, row(USER, ANSWER)))
+    assert data.read(write(tmp_path, row(USER, ANSWER, text=None, code=None, group=None))) == [plain]
+    first, second = data.read(write(tmp_path, *(row(USER, group=7.0) for _ in range(2))))
+    assert first.code == second.messages[-1:]
+
+
 @pytest.mark.parametrize("views, complaint", [
     ({"text": "only one"}, 'one of "text" and "code"'),
     ({"text": [], "code": "x"}, "a view must be"),

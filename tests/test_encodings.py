@@ -19,8 +19,8 @@ from support.cli import UserError
 RANDOM = np.random.default_rng(0)
 
 
-def figures_of(found, seed=0, different_codes=None, reverse=False):
-    return encodings.measure(found, reverse, seed, different_codes)
+def figures_of(found, seed=0, codes=None, reverse=False):
+    return encodings.measure(found, reverse, seed, codes)
 
 
 def test_effective_rank():
@@ -42,6 +42,17 @@ def test_ranks_count_ties_against_the_query():
     one, other = np.random.default_rng(3).normal(size=(2, 2500, 3))  # more than are compared at once
     cosine = cosine_similarity(one, other)
     assert encodings.ranks(one, other).tolist() == (cosine >= np.diag(cosine)[:, None] - 1e-12).sum(axis=1).tolist()
+
+
+def test_rows_of_one_code_are_as_right_as_each_other():
+    """Their encodings differ in the last bits; which of them is nearest says nothing."""
+    code = np.eye(3)[[0, 0, 1, 2]] + 1e-8 * RANDOM.normal(size=(4, 3))
+    assert encodings.ranks(code[[1, 0, 2, 3]], code, "aabc").tolist() == [1] * 4
+    assert encodings.ranks(code[[2, 2, 2, 0]], code, "aabc").tolist()[:3] == [2, 2, 1]
+    assert encodings.ranks(-code[[0, 0, 2, 3]], code, "aabc").tolist()[:2] == [3, 3], "two other Codes are nearer"
+    figures = figures_of({"text": code, "pred": code[[1, 0, 2, 3]], "code": code}, codes=list("aabc"))
+    assert figures["retrieval_at_1_text_to_code"] == figures["retrieval_at_1_code_to_text"] == 1
+    assert (figures["n"], figures["different_codes"]) == (4, 3)
 
 
 def test_mean_pairwise_cosine():
@@ -144,8 +155,14 @@ def test_few_labels_are_no_collapse():
     """Codes that are Good or Bad lie on a line because there are two of them."""
     base = RANDOM.normal(size=(50, 8))
     few = {"text": base, "pred": base, "code": np.eye(8)[[0, 1] * 25]}
-    assert "collapsed" not in encodings.verdict(figures_of(few, different_codes=2))
+    assert "collapsed" not in encodings.verdict(figures_of(few, codes=[0, 1] * 25))
     assert "have collapsed" in encodings.verdict(figures_of(few))
+    told_apart = few | {"pred": few["code"] + 1e-3 * base}
+    assert "No collapse" in encodings.verdict(figures_of(told_apart, codes=[0, 1] * 25))
+    reverse = figures_of(few | {"pred": few["code"]}, codes=[0, 1] * 25, reverse=True)
+    assert "No collapse" in encodings.verdict(reverse, reverse=True)
+    point = few | {"pred": few["code"][[0] * 50] + 1e-3 * base}
+    assert "have collapsed" in encodings.verdict(figures_of(point, codes=[0, 1] * 25))
 
 
 def test_pictures_of_collapsed_encodings(tmp_path):

@@ -244,6 +244,11 @@ def cell(arm, seed, correct):
 
 
 @pytest.fixture
+def rough():
+    """Pictures as they are shown, unlike in other tests."""
+
+
+@pytest.fixture
 def results(tmp_path, monkeypatch):
     """A grid with four arms, three of which were run with two seeds."""
     toy(monkeypatch, {"lam0": "--lam 0", "better": "", "same": "", "never": ""}, seeds=3)
@@ -374,8 +379,9 @@ def test_the_picture_of_a_grid(results, monkeypatch):
 
 
 def test_the_picture_of_a_claim(results, monkeypatch):
-    """A panel for each metric, a line for each arm: a point for each seed, one for the mean with its interval."""
-    claim = {"title": "Does it help?", "arms": {"toy/lam0": "plain", "toy/better": "with"},
+    """A panel for each metric, a line for each arm: a point for each seed, one for the mean with its interval. The line
+    of an arm that was not run is empty."""
+    claim = {"title": "Does it help?", "arms": {"toy/lam0": "plain", "toy/better": "with", "toy/never": "not yet"},
              "metrics": {"exact": "right (%)", "gain": "more than plain (points)", "cosine_shuffled": "cosine"}}
     monkeypatch.setitem(report.CLAIMS, "toy", claim)
     report.draw_claim("toy", results / "claim.png")
@@ -386,6 +392,7 @@ def test_the_picture_of_a_claim(results, monkeypatch):
     wanted = [[[20, 30], [100, 80]], [[0, 0], [80, 50]], [[0.25, 0.25], [0.25, 0.25]]]
     for axis, by_arm in zip(drawn[0].axes, wanted, strict=True):
         seeds = [line for line in axis.lines if line.get_markersize() == 3]
+        assert len(seeds) == 2
         for number, (line, values) in enumerate(zip(seeds, by_arm, strict=True)):
             assert list(line.get_xdata()) == pytest.approx(values) and set(line.get_ydata()) == {number}
             middle, _, (interval,) = axis.containers[number]
@@ -394,7 +401,7 @@ def test_the_picture_of_a_claim(results, monkeypatch):
             assert high - low == pytest.approx(12.706 * abs(values[0] - values[1]), rel=1e-3)
     first = drawn[0].axes[0]
     assert drawn[0].get_suptitle() == "Does it help?" and first.yaxis_inverted()
-    assert [label.get_text() for label in first.get_yticklabels()] == ["plain", "with"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["plain", "with", "not yet"]
 
 
 def test_claims_are_drawn_from_arms_that_exist():

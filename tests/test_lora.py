@@ -225,6 +225,7 @@ BAD_ADAPTERS = {  # what breaks the folder, and what the message must say
     "biases": (lambda f: edit(f, bias="all"), "without biases"),
     "another scale": (lambda f: edit(f, use_rslora=True), "use_rslora"),
     "a changed base": (lambda f: edit(f, init_lora_weights="pissa_niter_16"), "changes the base model"),
+    "another base": (lambda f: edit(f, revision="v1.1"), "revision names another version"),
     "dora": (lambda f: edit(f, use_dora=True), "use_dora"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "some layers": (lambda f: edit(f, layers_to_transform=[1]), "layers_to_transform"),

@@ -194,6 +194,19 @@ def test_text_that_looks_like_a_special_token_stays_text(made, kind, name):
     assert sum(i == tokenizer.stop for i, wanted in zip(e.full, e.trained, strict=True) if wanted) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_does_not_tell_how_its_answer_begins(made, kind, name):
+    """Also where a tokenizer gives the blank in front of an answer a token of its own for some answers only."""
+    tokenizer = hf.tokenizer(made(kind, TEMPLATES[name]))
+    made_of = [data.example(data.Conversation([USER, {"role": "assistant", "content": answer}], "x:1"), tokenizer)
+               for answer in ("3 dogs", "dog", "(.*dog.*)", "日本")]
+    assert len({tuple(e.full[: e.answer_start]) for e in made_of}) == 1
+    if (kind, name) == ("prepend", "mistral"):  # here the token is the blank alone for one of them, and the blank first
+        assert [tokenizer.decode(e.full[e.answer_start :])[:2] for e in made_of[:2]] == [" 3", " d"]
+        assert {tokenizer.decode(e.full[e.answer_start :][:1]) == " " for e in made_of} == {True, False}
+
+
 def test_any_text_comes_back(made):
     tokenizer = hf.tokenizer(made("byte-level", CHATML))
     for text in ("", " ", "\n\n\t", "naïve café 日本語 🙂", "<|im_end|>", " a , b . 's n't"):

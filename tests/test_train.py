@@ -250,7 +250,8 @@ def test_fine_tuning_leaves_a_hugging_face_folder(toy, tmp_path):
     ours = weights.load(best)
     hidden = ours.hidden(ids, torch.ones(1, 40, 40).tril().bool(), ids)
     assert_close(ours.logits(hidden), theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    assert vocabulary(best) == vocabulary(MODEL) and (best / "tokenizer.json").exists()
+    assert vocabulary(best) == vocabulary(MODEL) and not (best / "tokenizer.json").exists(), "it was not that one"
+    assert theirs.generation_config.eos_token_id[0] == hf.tokenizer("synth").stop
     assert load_file(best / "pred.safetensors")["pred"].shape == (1, 64)
     assert not torch.equal(ours.norm.weight, weights.load(MODEL).norm.weight)
 
@@ -310,7 +311,10 @@ def test_lora_trains_adapters_and_pred_and_exports_a_merged_model(toy, tmp_path)
     started = LLMJEPA(weights.load(MODEL), 1).pred.detach()
     assert not torch.equal(load_file(checkpoint / "pred.safetensors")["pred"], started)
 
-    adapted, merged = runs.load_model(checkpoint).eval(), runs.load_model(best).eval()
+    opened = runs.open_model(checkpoint, "cpu")  # adapters: what the run's config.json says of them holds
+    assert (opened.tokenizer.name, opened.seed, len(opened.model.pred)) == ("synth", 0, 1)
+
+    adapted, merged = opened.model, runs.load_model(best).eval()
     batch = data.collate([data.Example([5, 6, 7, 8], [False, False, True, True], 2, [5, 6], [7])], 1)
     both = (model.encodings(model.hidden(batch), batch) for model in (adapted, merged))
     for found, wanted in zip(*both, strict=True):

@@ -20,6 +20,7 @@ import torch
 from conftest import toy_decoder
 from safetensors.torch import load_file, save_file
 
+import data
 import jepa
 from hf import weights
 from model import Config, Decoder
@@ -257,6 +258,34 @@ def test_side_files_go_along_and_dtype_is_that_of_the_tensors(tmp_path):
     assert not list(target.glob("*.part"))
 
 
+def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answers(tmp_path):
+    """Not those of the model that training began with, where --tokenizer named another."""
+    source, other = tmp_path / "source", tmp_path / "other"
+    weights.save(toy_decoder("llama"), source)
+    other.mkdir()
+    for folder, name in ((source, "tokenizer.json"), (source, "chat_template.jinja"), (other, "tokenizer.json")):
+        (folder / name).write_text(folder.name)
+    decoder, ends = weights.load(source), lambda: json.loads((tmp_path / "best/generation_config.json").read_text())
+    for settings, expected in (({"eos_token_id": 2, "top_k": 5}, [7, 2]), ({"eos_token_id": [3, 2]}, [7, 3, 2]),
+                               ({}, [7]), ({"eos_token_id": [2, 7]}, [2, 7])):
+        (source / "generation_config.json").write_text(json.dumps(settings))
+        weights.save(decoder, tmp_path / "best", source, tokenizer=data.Tokenizer(str(other), 50, 7, None, None, None))
+        assert ends() == settings | {"eos_token_id": expected}
+    theirs = transformers.GenerationConfig
+    assert theirs.from_pretrained(tmp_path / "best").eos_token_id == [2, 7]
+    assert (tmp_path / "best/tokenizer.json").read_text() == "other"
+    assert not (tmp_path / "best/chat_template.jinja").exists()
+    edit(source, eos_token_id=2)
+    (source / "generation_config.json").unlink()
+    weights.save(decoder, tmp_path / "plain", source, tokenizer=data.Tokenizer("synth", 50, 7, None, None, None))
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
+        "config.json", "model.safetensors", "generation_config.json"}
+    assert theirs.from_pretrained(tmp_path / "plain").eos_token_id == [7, 2]
+    (source / "generation_config.json").write_text("no JSON")
+    weights.save(decoder, tmp_path / "best", source, tokenizer=data.Tokenizer("synth", 50, 7, None, None, None))
+    assert (tmp_path / "best/generation_config.json").read_text() == "no JSON", "nothing is lost by it"
+
+
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     decoder = toy_decoder("llama")
     weights.save(decoder, tmp_path)
@@ -344,6 +373,23 @@ def test_defaults_are_those_of_transformers(case, remove, tmp_path):
     short = weights.config(kept)
     transformers.AutoConfig.from_pretrained(kept).save_pretrained(tmp_path)
     assert short == weights.config(tmp_path)
+
+
+def test_a_window_that_is_in_use_has_a_length(tmp_path):
+    """transformers would make it 4096."""
+    reference("qwen2").config.save_pretrained(tmp_path)
+    edit(tmp_path, remove=("sliding_window",))
+    with pytest.raises(UserError, match="sliding_window is missing"):
+        weights.config(tmp_path)
+    edit(tmp_path, remove=("layer_types",), use_sliding_window=False)
+    assert weights.config(tmp_path).window is None
+
+
+def test_what_older_files_say_of_generation_changes_nothing(tmp_path):
+    """In the first Llama-2's config.json: max_length."""
+    reference("llama").save_pretrained(tmp_path)
+    edit(tmp_path, max_length=4096, do_sample=True, temperature=0.9, top_p=0.6, tokenizer_class="LlamaTokenizer")
+    assert distance(weights.load(tmp_path), reference("llama")) < 1e-5
 
 
 def test_gelu_in_gemmas_first_release_means_the_tanh_form(tmp_path):
@@ -708,7 +754,7 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
         if not local_files_only and not (tmp_path / "config.json").exists():
             weights.save(toy_decoder("llama"), tmp_path)
         elif not local_files_only:
-            [(tmp_path / name).touch() for name in ("tokenizer.json", "tokenizer_config.json")]
+            [(tmp_path / name).write_text("{}") for name in ("tokenizer.json", "tokenizer_config.json")]
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
@@ -718,7 +764,12 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
     assert weights.fetch("org/name") == str(tmp_path)
     assert calls[2:] == [("org/name", True), ("org/name", False)], "there were weights, but no tokenizer"
     assert weights.fetch("org/name") == str(tmp_path)
-    assert calls[4:] == [("org/name", True)]
+    assert calls[4:] == [("org/name", True), ("org/name", False)], "is there no chat template, or was it not fetched?"
+    for name, content in (("chat_template.jinja", "x"), ("tokenizer_config.json", '{"chat_template": "x"}')):
+        del calls[:]
+        (tmp_path / name).write_text(content)
+        assert weights.fetch("org/name") == str(tmp_path) and calls == [("org/name", True)]
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", ["no_such_folder", "../x/y", "/no/such/folder", ""])
@@ -759,3 +810,14 @@ def test_what_is_downloaded(tmp_path, monkeypatch):
              "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     assert all(any(fnmatch.fnmatch(file, pattern) for pattern in wanted) for file in files)
     assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in wanted)
+
+
+def test_of_a_tokenizer_the_model_is_not_downloaded(tmp_path, monkeypatch):
+    hub, wanted = pytest.importorskip("huggingface_hub"), []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, local_files_only: wanted.extend(
+        allow_patterns) or str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        weights.fetch("org/name", model=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert weights.fetch("org/name", model=False) == str(tmp_path)
+    assert "tokenizer.json" in wanted and not any("safetensors" in pattern for pattern in wanted)
