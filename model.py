@@ -152,14 +152,13 @@ class Attention(nn.Module):
 
     @torch.autocast("cpu", enabled=False)  # or it would take q, k and v to bfloat16 again
     def attend(self, q, k, v, mask):
-        """softmax(scale q k^T, over the columns that the mask allows) v: (B, H, T, D).
+        """softmax(scale q k^T + mask) v: (B, H, T, D). mask: see `Decoder.added`.
 
         The H/G query heads that share keys are laid one after another, as that many times T queries of one head. (Of
         CUDA's fused kernels at most cuDNN's takes `enable_gqa` with a mask; and keys would be read once for each head.)
         """
         c, sharing = self.config, self.config.n_head // self.config.n_kv_head
         q = q.unflatten(1, (-1, sharing)).flatten(2, 3)  # (B, G, H/G*T, D)
-        mask = mask[:, None, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)  # (B, 1, H/G*T, S)
         scale = c.attn_scale or c.head_dim**-0.5
         if c.attn_softcap is None and q.device.type != "mps":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -167,7 +166,7 @@ class Attention(nn.Module):
             scores = q @ k.transpose(-2, -1) * scale
             if c.attn_softcap is not None:
                 scores = c.attn_softcap * torch.tanh(scores / c.attn_softcap)
-            y = scores.masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+            y = (scores + mask).softmax(dim=-1) @ v
         return y.unflatten(2, (sharing, -1)).flatten(1, 2)
 
 
@@ -259,8 +258,7 @@ class Decoder(nn.Module):
         """States after the final norm, (B, T, C).
 
         ids (B, T). mask (B, T, S) bool: True where token q may attend to column k. position (B, T): counted per view.
-        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C), if given,
-        is used instead of `embed(ids)`.
+        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C): to use for `embed(ids)`.
         """
         c = self.config
         x = (self.embed(ids) if embeds is None else embeds) * c.embed_scale  # (B, T, C)
@@ -269,8 +267,9 @@ class Decoder(nn.Module):
         key_position = position if cache is None else cache.extend(position)  # (B, S)
         rope, mask_window, rope_window = self.rope(position), None, None
         if any(c.windowed):
-            mask_window = mask & (position[:, :, None] - key_position[:, None, :] < c.window)
+            mask_window = self.added(mask & (position[:, :, None] - key_position[:, None, :] < c.window), x)
             rope_window = self.rope(position, windowed=True)
+        mask = self.added(mask, x)
         for block, windowed in zip(self.blocks, c.windowed, strict=True):
             arguments = (x, mask_window, rope_window, cache) if windowed else (x, mask, rope, cache)
             if self.checkpoint_activations and self.training:
@@ -278,6 +277,13 @@ class Decoder(nn.Module):
             else:
                 x = block(*arguments)
         return self.norm(x)
+
+    def added(self, mask, x):  # (B, T, S) bool -> (B, 1, H/G*T, S)
+        """The mask as attention adds it to scores, in their type: 0, or -inf where a token must not look. Made here once
+        for all layers, which would each keep one of their own for the backward pass."""
+        dtype = torch.float32 if x.device.type == "cpu" else in_autocast_type(x).dtype
+        added = torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill(~mask, -math.inf)
+        return added.repeat(1, self.config.n_head // self.config.n_kv_head, 1)[:, None]
 
     def rope(self, position, windowed=False):
         """(cos, signed sin) of RoPE's angles, (B, 1, T, R) each; None where positions are learned. The sign is that of

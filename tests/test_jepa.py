@@ -162,17 +162,20 @@ def test_a_batch_is_copied_behind_the_back_of_cuda_alone(monkeypatch):
 
 
 def test_heads_that_share_keys_need_no_kernel_of_their_own(monkeypatch):
-    """Of CUDA's fused kernels, but for cuDNN's, those that take a mask want as many heads of keys as of queries."""
-    attention, shapes = torch.nn.functional.scaled_dot_product_attention, []
+    """Of CUDA's fused kernels, but for cuDNN's, those that take a mask want as many heads of keys as of queries. And
+    all layers keep one mask for the backward pass, in the type of the scores (else torch makes such a one for each)."""
+    attention, shapes, masks = torch.nn.functional.scaled_dot_product_attention, [], []
 
     def watched(q, k, v, attn_mask, **more):
         assert "enable_gqa" not in more
         shapes.append((tuple(q.shape), tuple(k.shape), tuple(attn_mask.shape)))
+        masks.append((attn_mask.data_ptr(), attn_mask.dtype))
         return attention(q, k, v, attn_mask=attn_mask, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    Decoder(Config(50, 1, 6, 24, 32, n_kv_head=2))(torch.ones(5, 7, dtype=torch.long))
-    assert shapes == [((5, 2, 21, 4), (5, 2, 7, 4), (5, 1, 21, 7))]
+    Decoder(Config(50, 3, 6, 24, 32, n_kv_head=2))(torch.ones(5, 7, dtype=torch.long))
+    assert shapes == [((5, 2, 21, 4), (5, 2, 7, 4), (5, 1, 21, 7))] * 3
+    assert len(set(masks)) == 1 and masks[0][1] == torch.float32
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
