@@ -258,7 +258,7 @@ class Decoder(nn.Module):
         """States after the final norm, (B, T, C).
 
         ids (B, T). mask (B, T, S) bool: True where token q may attend to column k. position (B, T): counted per view.
-        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C): to use for `embed(ids)`.
+        cache: an `evaluation.generate.Cache` of the S - T earlier columns. embeds (B, T, C): used as `embed(ids)`.
         """
         c = self.config
         x = (self.embed(ids) if embeds is None else embeds) * c.embed_scale  # (B, T, C)
@@ -279,8 +279,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def added(self, mask, x):  # (B, T, S) bool -> (B, 1, H/G*T, S)
-        """The mask as attention adds it to scores, in their type: 0, or -inf where a token must not look. Made here once
-        for all layers, which would each keep one of their own for the backward pass."""
+        """The mask as attention adds it to scores, in their type: 0, or -inf where a token must not look. Made once for
+        all layers, which would each keep one of their own for the backward pass."""
         dtype = torch.float32 if x.device.type == "cpu" else in_autocast_type(x).dtype
         added = torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill(~mask, -math.inf)
         return added.repeat(1, self.config.n_head // self.config.n_kv_head, 1)[:, None]
