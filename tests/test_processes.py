@@ -48,14 +48,19 @@ def same(one, other):
     assert torch.tensor(mine).numpy() == pytest.approx(torch.tensor(theirs).numpy(), rel=1e-5)
 
 
-@pytest.mark.parametrize("engine, optimizer", [("", "muon"), ("--shard", "adamw")])
-def test_two_processes_equal_one(toy, tmp_path, engine, optimizer):
-    """DDP and FSDP2 over a whole run, also where rows are compared across processes; to 1e-6 in the weights."""
+def two_like_one(toy, folder, optimizer, *engine):
+    """The folder of a whole run of two processes, which equals that of one, to 1e-6 in the weights; also where rows are
+    compared across processes."""
     flags = [*toy, *SMALL, "--distance", "infonce", "--lam", "0.5", "--lr", "5e-4", "--optimizer", optimizer]
-    alone = train(tmp_path / "alone", *flags)
-    done = run(*torchrun(2, "--out", tmp_path / "both", *flags, *engine.split()))
+    alone, both = train(folder / "alone", *flags), folder / "both"
+    done = run(*torchrun(2, "--out", both, *flags, *engine))
     assert done.returncode == 0, done.stderr
-    same(tmp_path / "both", alone)
+    same(both, alone)
+    return both
+
+
+def test_two_processes_equal_one(toy, tmp_path):
+    two_like_one(toy, tmp_path, "muon")
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds processes by pgrep")
@@ -82,17 +87,20 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, oth
     same(out, alone)
 
 
-def test_a_sharded_run_that_was_stopped_before_its_validation(toy, tmp_path):
-    """FSDP begins here with a validation, which is no pass of the whole model. And a damaged part is one line."""
-    out = tmp_path / "run"
-    assert run(*torchrun(2, "--out", out, *toy, *SMALL, "--shard", "--max_steps", "4")).returncode == 0
-    config = json.loads((out / "config.json").read_text())
-    config["arguments"]["max_steps"] = None
+def test_a_sharded_run_equals_one_process_and_goes_on_from_before_its_validation(toy, tmp_path):
+    """FSDP begins then with a validation, which is no pass of the whole model. And a damaged part is one line."""
+    out = two_like_one(toy, tmp_path, "adamw", "--shard")
+    config, lines = json.loads((out / "config.json").read_text()), log(out)
+    config["arguments"]["epochs"] = 3
     (out / "config.json").write_text(json.dumps(config))
-    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log(out) if "val_lm" not in line))
+    kept = [line for line in lines if (line["step"], "val_lm" in line) != (8, True)]
+    assert len(kept) == len(lines) - 1
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     done = run(*torchrun(2, "--resume", out))
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in log(out) if "val_lm" in line] == [4, 8]
+    again = [line for line in log(out) if "val_lm" in line]
+    assert [line["step"] for line in again] == [4, 8, 12]
+    assert again[1]["val_lm"] == pytest.approx(lines[-1]["val_lm"], rel=1e-5)
     next((out / "checkpoint").glob("*.distcp")).write_bytes(b"damaged")
     done = run(*torchrun(2, "--resume", out))
     assert "checkpoint: cannot be read (" in done.stderr and 'train.py", line' not in done.stderr, done.stderr
