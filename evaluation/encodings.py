@@ -86,14 +86,17 @@ def mean_pairwise_cosine(x):  # (n, C) -> ()
 
 
 def ranks(query, key, codes=None):  # (n, C), (n, C), n hashable values -> (n,)
-    """Where a query's own key stands when all n keys are sorted by cosine, from 1. Ties count against it, but for rows
-    of the same Code: each is as right as the other, and rounding would decide between them."""
-    query, key = unit(query), unit(key)
-    own, numbers = (query * key).sum(axis=1)[:, None] - 1e-12, {}
+    """Where a query's own key, or that of a row of the same Code (which is as right), stands when all n keys are sorted
+    by cosine, from 1. Ties count against it."""
+    query, key, numbers = unit(query), unit(key), {}
     codes = np.array([numbers.setdefault(code, len(numbers)) for code in codes or range(len(query))])
-    at_once = [slice(start, start + 1000) for start in range(0, len(query), 1000)]  # not all of (n, n)
-    return 1 + np.concatenate([((query[part] @ key.T >= own[part]) & (codes[part, None] != codes)).sum(axis=1)
-                               for part in at_once])
+
+    def of(part):
+        cosine, right = query[part] @ key.T, codes[part, None] == codes
+        best = np.where(right, cosine, -2).max(axis=1, keepdims=True)
+        return 1 + (~right & (cosine >= best - 1e-12)).sum(axis=1)
+
+    return np.concatenate([of(slice(start, start + 1000)) for start in range(0, len(query), 1000)])  # not all of (n, n)
 
 
 def effective_rank(x):  # (n, C) -> number between 1 and C
@@ -158,7 +161,7 @@ def verdict(figures, reverse=False):
     parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction, as
     may what is predicted from them, or of them.
     """
-    few = figures["different_codes"] < 10
+    few = figures["different_codes"] < min(10, figures["n"])
     names = {} if few and reverse else {"pred": "the predictions"}
     if reverse:
         names["text"] = "Enc(Text)"

@@ -55,7 +55,8 @@ def digest(*paths):
 
 def model_files(folder):
     """What a model in a Hugging Face folder consists of: weights, settings, tokenizer, chat template."""
-    folder, found = Path(folder), {"config.json", "pred.safetensors", lora.CONFIG, lora.TENSORS, *weights.SIDE_FILES}
+    folder, found = Path(folder), {"config.json", "pred.safetensors", lora.CONFIG, lora.TENSORS}
+    found |= {name for name in weights.SIDE_FILES if name.endswith((".json", ".jinja"))}  # the others are not read here
     found |= {f"{name}.index.json" for name in weights.WHOLE}
     with contextlib.suppress(UserError):  # adapters, or a tokenizer alone
         found |= {path.name for path in weights.weight_files(folder)}

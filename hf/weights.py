@@ -92,7 +92,7 @@ def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
                 with writing(folder / name) as unfinished:
                     shutil.copyfile(Path(place) / name, unfinished)
         if tokenizer:
-            end_answers(folder, fields.get("eos_token_id"), tokenizer.stop)
+            end_answers(folder, fields, tokenizer.stop)
         with writing(folder / "model.safetensors") as unfinished:
             save_file(tensors, unfinished, metadata={"format": "pt"})
         write_json(folder / "config.json", fields)
@@ -100,15 +100,16 @@ def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
         raise UserError(f"{folder}: cannot write there: {error}") from error
 
 
-def end_answers(folder, eos, stop):
-    """Have `generate` of transformers end at the token `stop`, too. eos: what config.json has it end at, if anything.
+def end_answers(folder, fields, stop):
+    """Have `generate` of transformers end at the token `stop`, too. fields: of config.json.
 
     A chat template may end answers with another token than the model's own (Qwen2.5's base models: <|im_end|>).
     """
     path = folder / GENERATION
+    own = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with contextlib.suppress(UserError):  # a file that is no JSON stays as it is
-        settings = read_json(path) if path.exists() else {}
-        eos = settings.get("eos_token_id", eos)
+        settings = read_json(path) if path.exists() else own
+        eos = settings.get("eos_token_id", own["eos_token_id"])
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if stop not in ends:
             write_json(path, settings | {"eos_token_id": [stop, *ends]})
@@ -128,20 +129,24 @@ def fetch(name, model=True):
     except ImportError:
         raise UserError(f"{name}: no such folder; to download it from the Hub: pip install huggingface_hub") from None
     wanted = ["config.json", *SIDE_FILES, *(["model*.safetensors", "model.safetensors.index.json"] if model else [])]
+    complete = revision = None
     for cached in (True, False):  # without a network, the latter gives what is in the cache, too
         try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=cached))
+            revision = folder.name  # what is in the cache may be completed, but stays the version that it is
             text, settings, template = (folder / name for name in TEXT_FILES)
             if model:
                 read_json(folder / "config.json"), weight_files(folder)  # a download that broke off is no model
-            elif not text.exists():
-                raise UserError(f"{text}: no such file")
-            if not cached or text.exists() and settings.exists() and (
-                    template.exists() or "chat_template" in read_json(settings)):
-                return str(folder)  # other programs may have fetched a part
+            elif cached and not text.exists():
+                continue
+            complete = str(folder)
+            if text.exists() and settings.exists() and (template.exists() or "chat_template" in read_json(settings)):
+                break  # otherwise other programs may have fetched a part
         except Exception as failure:  # offline, gated, misspelt ...: the Hub's clients have many exceptions
             reason = str(failure).strip().split("\n")[0] or type(failure).__name__
-    raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}")
+    if complete is None:
+        raise UserError(f"{name}: no such folder, not in the local cache, and no download: {reason}")
+    return complete
 
 
 # ---- files of weights

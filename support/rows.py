@@ -66,12 +66,14 @@ def check(line, where):
         raise UserError(f"{where}: not UTF-8 (byte {failure.start} of the line); save the file as UTF-8") from None
     except (ValueError, RecursionError) as failure:
         raise UserError(f"{where}: not JSON ({failure}); each line must be one JSON object") from None
+    if isinstance(row, dict):  # null, or pandas' NaN, is a missing column
+        row = {name: value for name, value in row.items() if value is not None and value == value}
     known = isinstance(row, dict) and (isinstance(row.get("messages"), list) or isinstance(row.get("text"), str)
                                        or PAIR.keys() <= row.keys() or VIEWS.keys() <= row.keys())
     if not known:
         raise UserError(f'{where}: needs {{"messages": [...]}}, a list of turns with "role" and "content", or '
                         '{"prompt": ..., "completion": ...}')
-    text, code = (turns(row[name], role, where) if row.get(name) is not None else None for name, role in VIEWS.items())
+    text, code = (turns(row[name], role, where) if name in row else None for name, role in VIEWS.items())
     group = row.get("group")
     if group is not None and not isinstance(group, (str, int, float)):
         raise UserError(f"{where}: a group must be a string or a number")

@@ -330,7 +330,14 @@ def test_paraphrases_have_the_next_of_their_group_as_code(tmp_path, synth):
 def test_null_is_a_missing_column(tmp_path):
     """So pandas and Hugging Face's datasets write it; and a column of whole numbers with gaps as 7.0."""
     plain, = data.read(write(tmp_path, row(USER, ANSWER)))
-    assert data.read(write(tmp_path, row(USER, ANSWER, text=None, code=None, group=None))) == [plain]
+    for empty in (None, float("nan")):
+        more = {name: empty for name in ("text", "code", "group", "prompt", "completion")}
+        assert data.read(write(tmp_path, row(USER, ANSWER, **more))) == [plain]
+    text, = data.read(write(tmp_path, {"prompt": None, "completion": None, "text": "abc"}))
+    assert text.messages[0]["content"] == "abc"
+    for bad in ({"text": None, "code": "x"}, {"text": None, "code": None}, {"messages": None}):
+        with pytest.raises(UserError, match="rows.jsonl:1: needs"):
+            data.read(write(tmp_path, bad))
     first, second = data.read(write(tmp_path, *(row(USER, group=7.0) for _ in range(2))))
     assert first.code == second.messages[-1:]
 

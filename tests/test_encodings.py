@@ -46,10 +46,13 @@ def test_ranks_count_ties_against_the_query():
 
 def test_rows_of_one_code_are_as_right_as_each_other():
     """Their encodings differ in the last bits; which of them is nearest says nothing."""
-    code = np.eye(3)[[0, 0, 1, 2]] + 1e-8 * RANDOM.normal(size=(4, 3))
+    code = np.array([[1, 0.02, 0.01], [1, 0.02, 0.01], [0, 1, 0], [0, 0, 1]]) + 1e-8 * RANDOM.normal(size=(4, 3))
     assert encodings.ranks(code[[1, 0, 2, 3]], code, "aabc").tolist() == [1] * 4
-    assert encodings.ranks(code[[2, 2, 2, 0]], code, "aabc").tolist()[:3] == [2, 2, 1]
+    assert encodings.ranks(code[[2, 2, 2, 0]], code, "aabc").tolist() == [2, 2, 1, 4]
     assert encodings.ranks(-code[[0, 0, 2, 3]], code, "aabc").tolist()[:2] == [3, 3], "two other Codes are nearer"
+    text = np.eye(3) + 0.5  # from Code to Text: the first two have one Code, and the first Text's is nearest to it
+    assert encodings.ranks(text[[0, 0, 2]], text, "aab").tolist() == [1, 1, 1]
+    assert encodings.ranks(text[[0, 0, 2]], text).tolist() == [1, 3, 1]
     figures = figures_of({"text": code, "pred": code[[1, 0, 2, 3]], "code": code}, codes=list("aabc"))
     assert figures["retrieval_at_1_text_to_code"] == figures["retrieval_at_1_code_to_text"] == 1
     assert (figures["n"], figures["different_codes"]) == (4, 3)
@@ -161,6 +164,8 @@ def test_few_labels_are_no_collapse():
     assert "No collapse" in encodings.verdict(figures_of(told_apart, codes=[0, 1] * 25))
     reverse = figures_of(few | {"pred": few["code"]}, codes=[0, 1] * 25, reverse=True)
     assert "No collapse" in encodings.verdict(reverse, reverse=True)
+    eight = {"text": base[:8], "pred": np.ones((8, 8)) + 1e-3 * base[:8], "code": base[:8]}
+    assert "have collapsed" in encodings.verdict(figures_of(eight, reverse=True), True), "eight rows are no labels"
     point = few | {"pred": few["code"][[0] * 50] + 1e-3 * base}
     assert "have collapsed" in encodings.verdict(figures_of(point, codes=[0, 1] * 25))
 

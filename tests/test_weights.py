@@ -275,12 +275,13 @@ def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answer
     assert theirs.from_pretrained(tmp_path / "best").eos_token_id == [2, 7]
     assert (tmp_path / "best/tokenizer.json").read_text() == "other"
     assert not (tmp_path / "best/chat_template.jinja").exists()
-    edit(source, eos_token_id=2)
+    edit(source, eos_token_id=2, bos_token_id=1)
     (source / "generation_config.json").unlink()
     weights.save(decoder, tmp_path / "plain", source, tokenizer=data.Tokenizer("synth", 50, 7, None, None, None))
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json"}
-    assert theirs.from_pretrained(tmp_path / "plain").eos_token_id == [7, 2]
+    found = theirs.from_pretrained(tmp_path / "plain")
+    assert (found.bos_token_id, found.eos_token_id) == (1, [7, 2]), "transformers does not look into both files"
     (source / "generation_config.json").write_text("no JSON")
     weights.save(decoder, tmp_path / "best", source, tokenizer=data.Tokenizer("synth", 50, 7, None, None, None))
     assert (tmp_path / "best/generation_config.json").read_text() == "no JSON", "nothing is lost by it"
@@ -749,8 +750,9 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
     hub = pytest.importorskip("huggingface_hub")
     calls = []
 
-    def download(name, allow_patterns, local_files_only=False):
+    def download(name, allow_patterns, local_files_only, revision):
         calls.append((name, local_files_only))
+        assert revision == (None if local_files_only else tmp_path.name), "what is in the cache stays that version"
         if not local_files_only and not (tmp_path / "config.json").exists():
             weights.save(toy_decoder("llama"), tmp_path)
         elif not local_files_only:
@@ -770,6 +772,25 @@ def test_fetch_prefers_a_folder_then_the_cache_then_the_network(tmp_path, monkey
         (tmp_path / name).write_text(content)
         assert weights.fetch("org/name") == str(tmp_path) and calls == [("org/name", True)]
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def test_fetch_without_a_network_takes_what_is_cached(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(name, allow_patterns, local_files_only, revision):
+        if not local_files_only or not (tmp_path / "config.json").exists():
+            raise OSError("403 Forbidden")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="no download: 403 Forbidden"):
+        weights.fetch("org/name")
+    weights.save(toy_decoder("llama"), tmp_path)
+    assert weights.fetch("org/name") == str(tmp_path)
+    with pytest.raises(UserError, match="no download: 403 Forbidden"):
+        weights.fetch("org/name", model=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert weights.fetch("org/name", model=False) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["no_such_folder", "../x/y", "/no/such/folder", ""])
@@ -803,7 +824,7 @@ def test_safetensors_are_preferred_to_a_pickle(tmp_path):
 def test_what_is_downloaded(tmp_path, monkeypatch):
     hub, wanted = pytest.importorskip("huggingface_hub"), []
     weights.save(toy_decoder("llama"), tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, local_files_only: wanted.extend(
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, **how: wanted.extend(
         allow_patterns) or str(tmp_path))
     weights.fetch("org/name")
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
@@ -814,10 +835,7 @@ def test_what_is_downloaded(tmp_path, monkeypatch):
 
 def test_of_a_tokenizer_the_model_is_not_downloaded(tmp_path, monkeypatch):
     hub, wanted = pytest.importorskip("huggingface_hub"), []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, local_files_only: wanted.extend(
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns, **how: wanted.extend(
         allow_patterns) or str(tmp_path))
-    with pytest.raises(UserError, match="tokenizer.json"):
-        weights.fetch("org/name", model=False)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert weights.fetch("org/name", model=False) == str(tmp_path)
+    assert weights.fetch("org/name", model=False) == str(tmp_path)  # what is missing, if anything, its reader says
     assert "tokenizer.json" in wanted and not any("safetensors" in pattern for pattern in wanted)
