@@ -117,7 +117,7 @@ def prefill(decoder, prompts):
     return state[:, -1], own, cache
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode autocast would cast all weights anew for each token
 def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first.
 
@@ -171,7 +171,7 @@ def in_batches(decoder, prompts, stop, max_new_tokens, batch_size, choose=most_l
             yield chunk[row], answer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihoods(decoder, prompt, choices):
     """log P(choice | prompt) for each choice, summed over its tokens, in nats: a list of numbers."""
     cache, width = Cache(), max(map(len, choices))

@@ -43,9 +43,11 @@ class Muon(torch.optim.AdamW):
         momentum = before.lerp(matrix.grad, 0.05)
         ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's
         if hasattr(ahead, "full_tensor"):  # a part of a sharded matrix; the singular values are those of the whole
-            from torch.distributed.tensor import distribute_tensor
+            from torch.distributed.tensor import DTensor, Replicate
 
-            direction = distribute_tensor(orthogonal(ahead.full_tensor()), ahead.device_mesh, ahead.placements)
+            whole = orthogonal(ahead.full_tensor())  # in every process: so each keeps its part, and nothing is sent
+            whole = DTensor.from_local(whole, ahead.device_mesh, [Replicate()], run_check=False)
+            direction = whole.redistribute(placements=ahead.placements)
         else:
             direction = orthogonal(ahead)
         after = matrix * (1 - lr * weight_decay) - 0.2 * max(matrix.shape) ** 0.5 * lr * direction

@@ -45,6 +45,8 @@ def hardware(name="auto", dtype="float32"):
         raise UserError(f"--device {name}: {str(failure).splitlines()[0]}; leave the flag out, or give cpu") from None
     if device.type == "cpu":
         keep_memory()
+    if device.type == "cuda":  # with a mask, cuDNN's attention gives NaN gradients now and then (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it also plans anew for each shape
     if dtype == "bfloat16" and not has_bfloat16(device):
         raise UserError(f"--dtype bfloat16: this {device.type} has no fast bfloat16; leave the flag out")
     wanted = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda" and has_bfloat16(device)
@@ -54,7 +56,8 @@ def hardware(name="auto", dtype="float32"):
 def has_bfloat16(device):
     """Does this device compute in bfloat16 faster than in float32?"""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path("/proc/cpuinfo")  # Linux; torch has no public name for this in all versions that are supported
     features = cpu.read_text().split() if device.type == "cpu" and cpu.exists() else []
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)
@@ -88,12 +91,17 @@ def spread(model, shard):
         return model
     model.gather = Gather.apply
     if not shard:
-        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # `pred`, where k = 0
+        model.pred.requires_grad_(len(model.pred) > 0)  # DDP would wait for the gradient of an empty one
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        model.pred.requires_grad_()
+        return wrapped
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(model.pred.device.type, (WORLD,))
     for block in model.decoder.blocks:
-        fully_shard(block)
-    fully_shard(model)  # what is outside the blocks
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is outside the blocks
     return model
 
 

@@ -32,6 +32,15 @@ def toy_decoder(style, vocab_size=50, seed=0, **changes):
     return decoder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def on_cpus(request):
+    """What runs inside this process computes where the processes do that tests start. test_gpu.py alone sees a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_gpu":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def rough(monkeypatch):
     """Pictures are drawn small, and nobody looks where the legend goes: that is three times as quick."""

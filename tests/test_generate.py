@@ -163,3 +163,13 @@ def test_the_longest_prompts_come_first(decoder, monkeypatch):
     monkeypatch.setattr(generate, "decode", lambda decoder, prompts, *_: asked.extend(map(len, prompts)) or ())
     list(generate.in_batches(decoder, [[1] * n for n in (2, 5, 1, 4)], -1, 1, batch_size=2))
     assert asked == [5, 4, 2, 1]
+
+
+def test_autocast_casts_a_weight_once_and_not_for_each_token(decoder):
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(record_shapes=True) as seen:
+        answers = [answer.ids for _, answer in generate.decode(decoder, prompts, stop=-1, max_new_tokens=6)]
+    up = decoder.blocks[0].mlp.up_proj.weight
+    casts = [each for each in seen.events() if each.name == "aten::_to_copy" and each.input_shapes[0] == [*up.shape]]
+    matrices = [p for block in decoder.blocks for p in block.mlp.parameters() if p.shape == up.shape]
+    assert len(casts) == len(matrices) and [len(ids) for ids in answers] == [6, 6]

@@ -197,7 +197,7 @@ def test_pretraining_on_plain_text_and_on_paraphrases(tmp_path):
 
 def test_two_processes_equal_one(toy, tmp_path):
     """Under torchrun two processes share the examples of a step, which is cut finer where one would have none."""
-    flags = [*toy, *SMALL, "--grad_accum", "3", "--max_steps", "4"]
+    flags = [*toy, *SMALL, "--grad_accum", "3", "--max_steps", "4", "--k", "0"]  # [PRED] has no elements
     alone = train(tmp_path / "alone", *flags)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run(*torchrun, "train.py", "--out", tmp_path / "both", *flags)
