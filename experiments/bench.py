@@ -184,7 +184,7 @@ def one_by_one(decoder, prompt, stop, budget):
     return ids[0, len(prompt) :].tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def time_decoding(ways, batches, device):
     """(list of dicts, {name: answers to each batch}) of {name: function of prompts}, by turns over batches of prompts.
 
@@ -311,12 +311,18 @@ def main():
     p.add_argument("--rows", type=cli.whole(1), default=4, help="rows of each batch that are decoded one by one")
     args = p.parse_args()
     model, examples, batches, stop = open_model(args)
-    batched = partial(answers_of, model.decoder, stop, args)
+    batched, device = partial(answers_of, model.decoder, stop, args), model.pred.device
+
+    def in_bfloat16(prompts):
+        with hardware(str(device), "bfloat16")[1]():
+            return batched(prompts)
+
     decoding, _ = time_decoding({
         "one by one, no cache": lambda prompts: [one_by_one(model.decoder, prompt, stop, args.new_tokens)
                                                  for prompt in prompts[: args.rows]],
         "one by one, cached": lambda prompts: [batched([prompt])[0] for prompt in prompts[: args.rows]],
-        "batched, cached": batched}, batches, model.pred.device)
+        "batched, cached": batched, **({"the same in bfloat16": in_bfloat16} if has_bfloat16(device) else {}),
+    }, batches, device)
     measure(args, model, our_forms(model, examples, args), make_forms, decoding, base="plain fine-tuning")
 
 
