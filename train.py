@@ -245,7 +245,7 @@ def take_step(run, examples):
     for start in range(0, len(examples), args.batch_size):
         batch = batch_of(run, examples[start : start + args.batch_size], jepa)
         tokens += (batch.segment != PAD).sum().item()
-        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP: with the last one
+        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP sums them once a step
         with run.autocast():
             part = run.wrapped(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import data
 from hf import families, sandbox
 from model import Decoder
 from support.cli import UserError, read_json, write_json, writing
@@ -88,7 +89,7 @@ def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
     try:
         for name in SIDE_FILES:
             place = tokenizer.name if tokenizer and name != GENERATION else source
-            if place and os.path.isdir(place) and (Path(place) / name).exists():
+            if place and place not in data.TOKENIZERS and (Path(place) / name).exists():
                 with writing(folder / name) as unfinished:
                     shutil.copyfile(Path(place) / name, unfinished)
         if tokenizer:
@@ -116,10 +117,8 @@ def end_answers(folder, fields, stop):
 
 
 def fetch(name, model=True):
-    """`name` if it is a folder; otherwise the folder of the Hub model `org/name`, downloaded unless it is cached.
-
-    model=False: its tokenizer is enough.
-    """
+    """The folder `name`, or that of the Hub's `org/name`, downloaded unless it is cached: model and tokenizer, or with
+    model=False the tokenizer alone."""
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):

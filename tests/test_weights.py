@@ -258,7 +258,7 @@ def test_side_files_go_along_and_dtype_is_that_of_the_tensors(tmp_path):
     assert not list(target.glob("*.part"))
 
 
-def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answers(tmp_path):
+def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answers(tmp_path, monkeypatch):
     """Not those of the model that training began with, where --tokenizer named another."""
     source, other = tmp_path / "source", tmp_path / "other"
     weights.save(toy_decoder("llama"), source)
@@ -277,6 +277,8 @@ def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answer
     assert not (tmp_path / "best/chat_template.jinja").exists()
     edit(source, eos_token_id=2, bos_token_id=1)
     (source / "generation_config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    other.rename("synth")  # a folder that happens to have the name of a tokenizer is not that tokenizer
     weights.save(decoder, tmp_path / "plain", source, tokenizer=data.Tokenizer("synth", 50, 7, None, None, None))
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
         "config.json", "model.safetensors", "generation_config.json"}
