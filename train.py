@@ -105,7 +105,7 @@ add = FLAGS.add_argument_group("hardware").add_argument
 add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
 add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
     help="bfloat16 is autocast over fp32 weights, where the hardware is fast at it; auto uses it on GPUs only")
-add("--compile", action="store_true", help="torch.compile the blocks")
+add("--compile", action="store_true", help="torch.compile the blocks: quicker steps, above all in bfloat16, once that is done; needs a C++ compiler")
 add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass, to save memory")
 add("--shard", action="store_true", help="under torchrun: each process holds a part of every weight (FSDP2)")
 
@@ -225,8 +225,8 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    # torch chooses a kernel for each width, or compiles one: so few widths, and aligned ones
-    multiple = 64 if run.args.compile else 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
+    # these choose a kernel for each width: so few widths, and aligned ones
+    multiple = 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     nothing = {name: getattr(batch, name)[:0] for name in ("label_at", "label", "text_at", "code_at")}
     return batch if own else batch._replace(**nothing)

@@ -8,6 +8,7 @@ whose speed is the ceiling, so that whatever else the machine does falls on all 
 formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
 """
 
+import copy
 import importlib
 import os
 import platform
@@ -56,12 +57,23 @@ class Form(NamedTuple):
     all_logits: bool = False  # are logits made in every column, or only where there is a label?
 
 
+def compiled(model):
+    """A model of the same weights whose blocks are compiled, as by train.py --compile."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for block in next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList)):
+        block.compile(dynamic=True)
+    return model
+
+
 def our_forms(model, examples, args):
-    """{kind: Form} of the three KINDS of steps that train.py can do, with AdamW (Muon adds the same to each)."""
+    """{kind: Form} of the KINDS of steps that train.py can do, with AdamW (Muon adds the same to each)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     collate, of_step = partial(data.collate, k=args.k), partial(rows_of, examples, size=args.batch_size)
+    kinds = {kind: (model, how) for kind, how in KINDS.items()}
+    if args.compile:
+        kinds["LLM-JEPA, fused, compiled"] = compiled(model), KINDS["LLM-JEPA, fused"]
     return {kind: Form(lambda number, how=how, **more: collate(of_step(number), **how, **more),
-                       lambda batch: model(batch, lam=LAM).total, optimizer) for kind, how in KINDS.items()}
+                       lambda batch, of=of: of(batch, lam=LAM).total, optimizer) for kind, (of, how) in kinds.items()}
 
 
 def rows_of(examples, number, size):
@@ -255,6 +267,7 @@ def flags(doc, **defaults):
     add("--decode_batch", type=count, default=128, help="prompts per batch of batched decoding")
     add("--decode_rows", type=count, default=1024, help="rows that are decoded in batches")
     add("--new_tokens", type=count, default=32, help="budget of an answer")
+    add("--compile", action="store_true", help="time the blocks under torch.compile, too")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--json", type=Path, metavar="FILE", help="write what was found there, too")
     p.set_defaults(**defaults)

@@ -90,9 +90,12 @@ def their_forms(model, examples, args):
     """{name: Form}"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     of_step = partial(bench.rows_of, examples, size=args.batch_size)
+    forms = {name: (model, *how) for name, how in THEIRS.items()}
+    if args.compile:
+        forms["HF two rows, compiled"] = bench.compiled(model), *THEIRS["HF two rows"]
     return {name: Form(lambda number, rows=rows, **more: rows(of_step(number), args.k, **more),
-                       lambda batch, mask=mask: their_losses(model, batch, mask).total, optimizer, all_logits=True)
-            for name, (rows, mask) in THEIRS.items()}
+                       lambda batch, of=of, mask=mask: their_losses(of, batch, mask).total, optimizer, all_logits=True)
+            for name, (of, rows, mask) in forms.items()}
 
 
 @torch.no_grad()
