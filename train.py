@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import hf
 from evaluation import plots
-from evaluation.validation import validate
+from evaluation.validation import is_best, validate
 from hf import lora, runs, weights
 from jepa import DISTANCES, IN_BATCH, LLMJEPA, PAD
 from model import Config, Decoder
@@ -350,23 +350,21 @@ def save(run):
 
 
 def validate_if_due(run, per_epoch):
-    """At the end of an epoch and of the run: validate, log, and keep the best weights so far as best/.
-
-    Best is the highest exact match, then the lowest loss. Without validation rows the last epoch counts as the best.
-    """
+    """At the end of an epoch and of the run: validate, log, and keep the best weights so far as best/ (see
+    `validation.is_best`). Without validation rows the last epoch counts as the best."""
     if run.step % per_epoch and run.step < run.total:
         return
-    scores = {"val_lm": 0.0}  # where there are no validation rows
+    scores, best = {"val_lm": 0.0}, True  # where there are no validation rows
     if run.val_rows:
         # a run that is resumed here must go on as if it had not stopped: nothing is drawn from training's random stream
         gpus = [run.device] if run.device.type == "cuda" else []
         with (processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus),
               torch.compiler.set_stance("force_eager")):  # decoding has too many shapes to be compiled
             scores = processes.all_of_them(validate(run))[0]  # of process 0: the last bit decides what is saved
+        best = is_best(scores, run.validations, len(run.val_rows[1]))
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
-    quality = lambda line: (line.get("val_exact", 0.0), -line["val_lm"])  # noqa: E731
-    if not run.val_rows or all(quality(scores) > quality(line) for line in run.validations):
+    if best:
         runs.save_best(run.model, run.args, run.source, run.tokenizer)
     run.validations.append({"step": run.step, **scores})
     if run.val_rows and RANK == 0:

@@ -1,5 +1,7 @@
 """What training looks at after each epoch: losses, cosines of true and shuffled pairs, exact match, three answers."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -7,6 +9,7 @@ import data
 from evaluation import encodings, generate, tasks
 from support.processes import RANK
 
+SAMPLE = 200  # rows, of which exact match is taken
 COLLAPSED = (
     "The encodings have collapsed: true pairs are no closer than shuffled ones, so a small JEPA loss means nothing.\n"
     "What can be tried: --distance infonce --lam 0.05, --stop_grad code (see experiments/README.md)."
@@ -15,8 +18,8 @@ COLLAPSED = (
 
 @torch.no_grad()
 def validate(run):
-    """{name: value} of a `train.Run`: losses and cosines over all validation rows, exact match on the first 200 with an
-    answer. Prints three answers, and once that the encodings have collapsed.
+    """{name: value} of a `train.Run`: losses and cosines over all validation rows, exact match on the first SAMPLE that
+    have an answer. Prints three answers, and once that the encodings have collapsed.
 
     Several processes all do the same here, so that none has to wait for another.
     """
@@ -41,9 +44,22 @@ def validate(run):
             tqdm.write(COLLAPSED)
     answered = [pair for pair in zip(conversations, examples, strict=True) if pair[1].answer_start < len(pair[1].full)]
     if answered:
-        scores |= exact_match(run, answered[:200])
+        scores |= exact_match(run, answered[:SAMPLE])
     model.train()
     return scores
+
+
+def is_best(scores, earlier, rows):
+    """Are the weights with these scores, on so many rows, to be kept rather than those of the `earlier` validations?
+
+    They are if their exact match is within one standard error of the highest (the rule of Breiman et al., CART, 1984):
+    few rows tell epochs badly apart, and at a falling learning rate the later one is mostly the better. While no answer
+    is right, the lowest loss decides.
+    """
+    exact, highest = scores.get("val_exact", 0.0), max((line.get("val_exact", 0.0) for line in earlier), default=0.0)
+    if exact == highest == 0:
+        return all(scores["val_lm"] < line["val_lm"] for line in earlier)
+    return exact >= highest - math.sqrt(highest * (1 - highest) / min(rows, SAMPLE))
 
 
 def exact_match(run, sample):

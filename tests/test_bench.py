@@ -87,7 +87,7 @@ def test_a_step_is_timed_in_its_type(examples, monkeypatch, dtype):
     monkeypatch.setattr(processes, "has_bfloat16", lambda device: True)
     model, seen = LLMJEPA(toy_decoder("llama"), 2), set()
     model.decoder.blocks[0].attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    form = bench.our_forms(model, examples, Namespace(k=2, batch_size=4))["LLM-JEPA, fused"]
+    form = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))["LLM-JEPA, fused"]
     bench.train_step(form, torch.device("cpu"), dtype, 0)
     assert seen == {getattr(torch, dtype)}
 
@@ -175,7 +175,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
 def test_the_share_of_padding_and_of_the_ceiling(examples):
     """A step of known FLOPs: the table divides them by the time and by the ceiling."""
     model = LLMJEPA(toy_decoder("llama"), 2)
-    forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4))
+    forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))
     rows = bench.time_steps(forms, model.decoder.config, 2, torch.device("cpu"))
     for row, (kind, how) in zip(rows[:3], bench.KINDS.items(), strict=True):
         batch = data.collate(examples, 2, **how)

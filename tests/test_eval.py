@@ -22,7 +22,7 @@ from test_train import SMALL, inside, toy_rows
 import data
 import eval as eval_script
 import hf
-from evaluation import ask, generate, regexes, report, statistics, tasks
+from evaluation import answers, ask, generate, regexes, report, statistics, tasks
 from hf import runs
 from jepa import mask
 from support import cli, processes
@@ -110,14 +110,18 @@ def test_metrics_are_those_of_the_predictions(trained, rows, capsys):
     assert found["rates"]["stopped"]["value"] == sum(p["stopped"] for p in predictions) / 30
     assert sum(found["wrong"].values()) == 30 - exact and "same_language" in found["rates"]
     assert found["representation"]["n"] == 30 and found["verdict"] in shown
+    assert found["representation"]["different_codes"] == len(set(golds)) < 30
     assert f"{exact / 30:.2%}" in shown and "task: exact (guessed" in shown
     for name in ("tsne.png", "spectrum.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("variant", ["reverse", "front_pred"])
-def test_encodings_are_laid_out_as_in_training(rows, tmp_path, variant):
+def test_encodings_are_laid_out_as_in_training(rows, tmp_path, monkeypatch, variant):
     """A run in the paper layout: its Text has no system turn, and so the figures are those of that view."""
+    told, own = [], eval_script.encodings.verdict
+    monkeypatch.setattr(eval_script.encodings, "verdict", lambda figures, reverse=False: told.append(reverse) or own(
+        figures, reverse))
     inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", f"--{variant}", "--max_steps", "2")
     call(tmp_path / "run", "--data", rows, "--max_new_tokens", "1")
     model, tokenizer = runs.load_model(tmp_path / "run/best").eval(), hf.tokenizer("synth")
@@ -131,6 +135,7 @@ def test_encodings_are_laid_out_as_in_training(rows, tmp_path, variant):
     for folder in ("run", "best"):  # the weights do not say how they were trained, but the run does
         found = metrics(tmp_path / folder)["representation"]["cosine_aligned"]
         assert found == pytest.approx(torch.cosine_similarity(text, code).mean().item(), abs=1e-4)
+    assert told == [variant == "reverse"] * 2, "the verdict knows which view predicts"
 
 
 def test_the_batch_size_changes_nothing(trained, rows, tmp_path):
@@ -242,6 +247,25 @@ def test_before_and_after(trained, rows, tmp_path, capsys):
     assert shown["effective rank, Enc(Code)"] == f"{found['representation']['effective_rank_code']:.4f}"
     assert shown["effective rank, Enc(Code): before"] == f"{base['representation']['effective_rank_code']:.4f}"
     assert shown["candidates for retrieval"] == "30" and "recall@10, Text to Code" in shown
+
+
+def test_a_base_without_pred_is_encoded_as_the_run_is(rows, tmp_path):
+    """In the paper layout, without the system turn, as here: the base is the run itself, as a Hugging Face folder."""
+    inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", "--max_steps", "1")
+    base = Path(shutil.copytree(tmp_path / "run/best", tmp_path / "base"))
+    (base / "pred.safetensors").unlink()
+    call(tmp_path / "run", "--data", rows, "--base", base, "--tokenizer", "synth", "--max_new_tokens", "1")
+    after, before = (metrics(tmp_path / "run")[name] for name in ("representation", "representation_before"))
+    assert before["effective_rank_text"] == pytest.approx(after["effective_rank_text"], abs=1e-4)
+
+
+def test_letters_are_asked_for_with_the_system_turn(monkeypatch):
+    asked, system = [], {"role": "system", "content": "S"}
+    monkeypatch.setattr(answers, "likelihoods", lambda opened, messages, choices, **how: asked.append(messages) or [
+        0.0] * len(choices))
+    turns = [system, *chat("q\nA) a\nB) b", "A")["messages"]]
+    list(answers.likeliest(None, None, [data.Conversation(turns, "x:1")], [None]))
+    assert asked == [turns[:2], chat("q", "")["messages"][:1]]
 
 
 def test_gold_answers_beyond_the_budget_are_told_of(trained, rows, tmp_path, capsys):
@@ -568,6 +592,16 @@ def test_bfloat16_is_of_generation_alone(trained, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
     with pytest.raises(cli.UserError, match="--dtype bfloat16"):
         call(*flags, tmp_path / "no", "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("other", ["--temperature 2", "--top_p 0.5", "--seed 1", "--dtype auto"])
+def test_answers_of_another_setting_are_not_taken_over(trained, rows, tmp_path, monkeypatch, other):
+    asked, sampler, calls = [], generate.sampler, counted(monkeypatch)
+    monkeypatch.setattr(generate, "sampler", lambda *words: asked.append(words[:3]) or sampler(*words))
+    flags = [trained[0], "--data", rows, "--limit", "4", "--max_new_tokens", "1", "--out", tmp_path,
+             "--temperature", "0.5", "--top_p", "0.25", "--seed", "9", "--dtype", "float32"]
+    call(*flags), call(*flags, *other.split())
+    assert calls == [4, 4] and asked[0] == (0.5, 0.25, 9)
 
 
 # ---- questions

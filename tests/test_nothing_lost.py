@@ -56,6 +56,28 @@ def ended(main, capsys):
 # ---- losses that are not finite
 
 
+def test_a_validation_loss_that_is_not_finite_makes_no_best(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "validate", lambda run: {"val_exact": 1.0, "val_lm": float("nan")})
+    code, line = ended(lambda: inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "1"), capsys)
+    assert code == 1 and "val.jsonl is not finite" in line and not (tmp_path / "run/best").exists()
+
+
+def test_bad_steps_that_are_not_in_a_row_end_nothing(toy, tmp_path, monkeypatch):
+    """The first, third and fifth of five."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def spoil(parameters, largest):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) % 2:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--epochs", "1")
+    assert [line["steps_not_taken"] for line in log(tmp_path / "run") if "lm" in line] == [1, 1, 2, 2, 3]
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_three_end_the_run(toy, tmp_path, capsys):
     """Weights of 1e15 make every later gradient infinite: the first checkpoint stays, and best/ is not made."""
     out = tmp_path / "run"
@@ -147,6 +169,21 @@ def test_the_old_checkpoint_counts_while_the_new_one_is_put_in_its_place(finishe
         (copy / name).rename(copy / f"{name}.old")
     assert runs.standing(copy, "best", "checkpoint") == copy / "best.old"
     assert runs.open_model(copy, "cpu").seed == 0
+
+
+def test_a_crash_between_the_two_renames_leaves_the_old_state(finished, tmp_path, monkeypatch):
+    copy, rename = Path(shutil.copytree(finished, tmp_path / "copy")), os.rename
+    before, model = contents(copy / "checkpoint"), runs.load_model(copy / "checkpoint")
+
+    def crash(source, target):
+        if Path(target) == copy / "checkpoint":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        runs.save_model(model, copy / "checkpoint")
+    assert contents(runs.standing(copy, "checkpoint")) == before
 
 
 def test_a_run_stopped_before_its_first_checkpoint_goes_on_from_the_beginning(finished, tmp_path):
@@ -341,6 +378,17 @@ def test_too_little_memory_is_one_line(capsys, failure):
 
     code, line = ended(main, capsys)
     assert code == 2 and "out of memory" in line
+
+
+def test_a_machine_without_a_compiler_is_one_line(capsys):
+    import torch._inductor.config as config
+
+    def main():
+        with config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
+            torch.compile(torch.sin)(torch.ones(3))
+
+    code, line = ended(main, capsys)
+    assert code == 2 and "--compile needs a C++ compiler" in line
 
 
 def test_other_faults_of_the_device_are_not_taken_for_it():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import toy_decoder
 from test_bench import counted_flops
+from torch._dynamo.testing import CompileCounter
 
 from experiments import bench, peers
 from hf import weights
@@ -64,10 +65,30 @@ def test_the_operations_of_their_forms_are_those_that_torch_counts(pair, example
     make, mask = peers.THEIRS[name]
     batch = make(examples, k=1)
     counted = counted_flops(lambda: peers.their_losses(theirs, batch, mask).total.backward())
-    form = peers.their_forms(theirs, examples, Namespace(k=1, batch_size=len(examples)))[name]
+    args = Namespace(k=1, batch_size=len(examples), compile=False)
+    form = peers.their_forms(theirs, examples, args)[name]
     found = bench.step_flops(ours.decoder.config, batch, form.all_logits)
     assert found == pytest.approx(counted, rel=0.03) and found > bench.step_flops(ours.decoder.config, batch)
-    assert not bench.our_forms(ours, examples, Namespace(k=1, batch_size=2))["LLM-JEPA, paper"].all_logits
+    assert not bench.our_forms(ours, examples, args)["LLM-JEPA, paper"].all_logits
+
+
+def test_compiled_forms_are_the_same_steps_on_the_same_weights(pair, examples, monkeypatch):
+    """By a backend that counts graphs, which every block must go through, and computes as torch does."""
+    ours, theirs, _ = pair
+    graphs, own, args = CompileCounter(), torch.nn.Module.compile, Namespace(k=2, batch_size=4, compile=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: own(module, backend=graphs, **how))
+    torch._dynamo.reset()
+    for model, forms, name in ((ours, bench.our_forms(ours, examples, args), "LLM-JEPA, fused"),
+                               (theirs, peers.their_forms(theirs, examples, args), "HF two rows")):
+        losses, gradients, before = [], [], graphs.frame_count
+        for form in (forms[name], forms[f"{name}, compiled"]):
+            losses.append(form.loss(form.batch(0)))
+            losses[-1].backward()
+            gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+            form.optimizer.zero_grad()
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*gradients)
+        assert len(gradients[1]) > 10 and graphs.frame_count > before
 
 
 def test_each_of_the_three_rows_holds_one_view(examples):

@@ -248,3 +248,10 @@ def test_bytes_of_training_are_those_of_the_formula(lora_rank):
     total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
     assert sum(t.numel() * t.element_size() for t in tensors) == 4 * total + 12 * trained
     assert (trained < total) == bool(lora_rank)
+
+
+@pytest.mark.parametrize("flags, fast", [("sse2 avx512f", False), ("avx512_bf16", True), ("fp asimd bf16", True)])
+def test_a_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, fast):
+    monkeypatch.setattr(processes.Path, "exists", lambda self: True)
+    monkeypatch.setattr(processes.Path, "read_text", lambda self: f"flags\t: fpu {flags}\n")
+    assert processes.has_bfloat16(torch.device("cpu")) is fast

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_sql import folder  # noqa: F401
 
-from evaluation import tasks
+from evaluation import sql, tasks
 
 
 def test_docstring_examples():
@@ -91,3 +91,10 @@ def test_correct_dispatches(folder):  # noqa: F811
 ])
 def test_guess_task(name, task):
     assert tasks.guess_task(name) == task
+
+
+def test_every_query_has_a_time_limit(folder, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(sql, "run_query", lambda query, database, seconds, **more: seen.append(seconds) or (1, []))
+    tasks.correct("spider", "SELECT 1", "SELECT 1", "For db_id:[shop]\n", folder)
+    assert seen == [5.0, 5.0]

@@ -255,7 +255,7 @@ def test_side_files_go_along_and_dtype_is_that_of_the_tensors(tmp_path):
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_file(target / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
-    assert not list(target.glob("*.part"))
+    assert not list(target.glob("*.partial"))
 
 
 def test_the_tokenizer_of_the_training_goes_along_and_its_stop_token_ends_answers(tmp_path, monkeypatch):
