@@ -53,10 +53,10 @@ add("--shuffle_pairs", action="store_true",
 
 add = FLAGS.add_argument_group("model").add_argument
 add("--init", default="tiny", help="tiny (from scratch), or a Hugging Face folder or repo id to start from")
-add("--n_layer", type=cli.whole(1, 10_000), default=4, help="tiny: number of blocks")
+add("--n_layer", type=cli.whole(1, 2000), default=4, help="tiny: number of blocks")
 add("--n_head", type=cli.whole(1, 10_000), default=4, help="tiny: attention heads")
 add("--d_model", type=cli.whole(1, 100_000), default=128, help="tiny: hidden width")
-add("--block_size", type=cli.whole(1), default=512, help="tiny: the longest view, in tokens")
+add("--block_size", type=cli.whole(1, 2**24 - 1), default=512, help="tiny: the longest view, in tokens")
 add("--lora_rank", type=cli.whole(0, 100_000), default=0,
     help="train adapters of this rank on all projections; 0: train all weights")
 add("--lora_alpha", type=cli.number(above=True), help="the adapters' scale is alpha / rank; default: the rank")
@@ -105,7 +105,8 @@ add = FLAGS.add_argument_group("hardware").add_argument
 add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
 add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
     help="bfloat16 is autocast over fp32 weights, where the hardware is fast at it; auto uses it on GPUs only")
-add("--compile", action="store_true", help="torch.compile the blocks: quicker steps, above all in bfloat16, once that is done; needs a C++ compiler")
+add("--compile", action="store_true",
+    help="torch.compile the blocks: quicker steps, above all in bfloat16, after half a minute; needs a C++ compiler")
 add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass, to save memory")
 add("--shard", action="store_true", help="under torchrun: each process holds a part of every weight (FSDP2)")
 
@@ -136,14 +137,15 @@ def arguments():
 def check(args):
     """Fill in settings that depend on others, and refuse those that cannot work together. Returns args."""
     tiny, lr = args.init == "tiny", 2e-3 if args.optimizer == "adamw" else 3e-3
+    if not tiny and Path(args.init).is_dir():  # a run is resumed and evaluated from any folder
+        args.init = str(Path(args.init).resolve())
     for_tiny = {"tokenizer": "synth", "optimizer": "muon", "batch_size": 32, "lr": lr}
     pretrained = {"tokenizer": args.init, "optimizer": "adamw", "batch_size": 4, "lr": 2e-5}
     for name, value in (for_tiny if tiny else pretrained).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("init", "tokenizer"):  # a run is resumed and evaluated from any folder
-        if getattr(args, name) not in runs.NAMES and Path(getattr(args, name)).is_dir():
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    if args.tokenizer not in data.TOKENIZERS and Path(args.tokenizer).is_dir():
+        args.tokenizer = str(Path(args.tokenizer).resolve())
     pred_moved, in_batch = args.front_pred or args.reverse, args.distance in IN_BATCH and args.lam > 0
     for wrong, message in (
         (args.d_model % (2 * args.n_head), f"--d_model {args.d_model}: must be an even multiple of --n_head"),
@@ -152,6 +154,7 @@ def check(args):
         (pred_moved and args.k == 0, "--front_pred and --reverse move [PRED], and --k 0 has none; give --k 1 or more"),
         (args.front_pred and args.layout == "fused", "--front_pred lets a fused answer see [PRED]; add --layout paper"),
         (args.lora_rank and tiny, "--lora_rank adapts a pretrained model; give --init a folder or repo id"),
+        (not args.lora_rank and (args.lora_alpha or args.lora_dropout), "--lora_alpha and _dropout need --lora_rank"),
         (args.shard and (WORLD == 1 or args.lora_rank),
          "--shard divides a whole model among processes; start it with torchrun, without --lora_rank"),
     ):
@@ -183,8 +186,9 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # optimizer steps done
     total: int = 0  # of this run
-    failures: torch.Tensor = None  # steps in a row that were not taken; on the device, like the gradient
-    skipped: torch.Tensor = None  # all steps that were not taken since this process began
+    bad: tuple = (0, 0)  # steps that were not taken when the run was saved: in a row up to then, and in all
+    failures: torch.Tensor = None  # the first of these now; on the device, like the gradient
+    skipped: torch.Tensor = None  # the second
     validations: list = None  # what the log says of them
     saved_at: float = 0.0  # seconds, of time.monotonic
 
@@ -278,7 +282,7 @@ def fit(run):
     lengths = [len(e.full) for e in run.examples]
     per_epoch = math.ceil(len(lengths) / size)
     run.total = min(args.epochs * per_epoch, args.max_steps or math.inf)
-    run.failures, run.skipped = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    run.failures, run.skipped = torch.tensor(run.bad, dtype=torch.float32, device=run.device)
     run.saved_at = time.monotonic()
     stop = processes.Stop()
     if run.step and not any(line["step"] == run.step for line in run.validations):
@@ -336,15 +340,16 @@ def log_step(run, bar, epoch, result, tokens, began):
                  total=total, lr=run.optimizer.param_groups[0]["lr"], grad_norm=result["norm"].item(),
                  tokens_per_s=speed, **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
     shuffled = run.validations[-1].get("val_cosine_shuffled") if run.validations else None
-    beside = f" (cosine of shuffled pairs {shuffled:.3f})" if shuffled is not None else ""
-    shown = f"{jepa:.3f}{beside}" if result["jepa"] else "-"
+    beside = "validation shows if it is collapse" if shuffled is None else f"cosine of shuffled pairs {shuffled:.3f}"
+    shown = f"{jepa:.3f} ({beside})" if result["jepa"] else "-"
     bar.set_postfix_str(f"lm {lm:.3f}, jepa {shown}, {speed} tokens/s", refresh=False)
 
 
 def save(run):
     """Leave a checkpoint from which the run goes on to the same bits."""
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    state = {"step": run.step, "random": processes.all_of_them(generators)}
+    bad = int(run.failures), int(run.skipped)
+    state = {"step": run.step, "bad": bad, "random": processes.all_of_them(generators)}
     runs.save_checkpoint(run.model, run.optimizer, run.args, run.source, state)
     run.saved_at = time.monotonic()
 
@@ -390,10 +395,10 @@ def make_model(args, tokenizer, source):
     folder = runs.standing(args.resume, "checkpoint") if args.resume else None
     if folder and not args.shard:  # a sharded model is filled later, in each process its part: `load_checkpoint`
         return runs.load_model(folder, args.lora_dropout)
-    model = LLMJEPA(weights.load(source) if source else from_scratch(args, tokenizer.vocab_size), args.k)
+    decoder = weights.load(source) if source else from_scratch(args, tokenizer.vocab_size)
     if args.lora_rank:
-        lora.add(model.decoder, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    return model
+        lora.add(decoder, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    return LLMJEPA(decoder, args.k)  # last: how many [PRED] vectors are drawn changes no other draw
 
 
 def prepare(args):
@@ -410,7 +415,9 @@ def prepare(args):
            "train_on": args.train_on, "stop_label": not args.no_stop_label}
     places, examples = data.training_set(args.data, **how)
     val_rows = data.examples_of(data.read(args.val), **how) if args.val else None
-    check_views(args, examples)
+    check_views(args, args.data, examples)
+    if val_rows:
+        check_views(args, args.val, val_rows[1])
     layout = {"layout": args.layout, "front_pred": args.front_pred, "reverse": args.reverse}
     run = Run(args, model, tokenizer, examples, places, val_rows, source, device, autocast, layout, validations=[])
     model.to(device).train()
@@ -423,17 +430,17 @@ def prepare(args):
     return run
 
 
-def check_views(args, examples):
-    """Refuse a JEPA term on rows that cannot have one."""
+def check_views(args, path, examples):
+    """Refuse a JEPA term on rows of a file that cannot have one."""
     jepa = args.lam > 0
     for wrong, message in (
         (jepa and not all(e.code for e in examples), "has rows of plain text, with no Code to predict; use --lam 0"),
         (jepa and args.layout == "fused" and any(e.own_text for e in examples),
          "has rows with a text view of their own, which a fused row cannot share; use --layout paper"),
-        (args.shuffle_pairs and len(examples) < 2, "--shuffle_pairs needs at least two rows"),
+        (args.shuffle_pairs and path == args.data and len(examples) < 2, "--shuffle_pairs needs at least two rows"),
     ):
         if wrong:
-            raise UserError(f"{args.data}: {message}")
+            raise UserError(f"{path}: {message}")
 
 
 def main():
@@ -443,7 +450,7 @@ def main():
         runs.check_unchanged(args, args.resume)
     run = prepare(args)
     if args.resume:
-        run.step = runs.load_checkpoint(run.model, run.optimizer, args)
+        run.step, run.bad = runs.load_checkpoint(run.model, run.optimizer, args)
         run.validations = runs.cut_log(args.out, run.step) if RANK == 0 else []
     elif RANK == 0:
         held = runs.create(args, len(run.examples))
@@ -461,7 +468,7 @@ def main():
     if RANK == 0 and not done:
         print(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}", file=sys.stderr)
     elif RANK == 0:
-        shipped = args.data.resolve().parent == SYNTH.resolve()
+        shipped = args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve()
         print(f"{args.out} holds the run; see loss.png there. Evaluate it on data that it has not seen:\n"
               f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if shipped else 'FILE'}")
     processes.end(0 if done else 130)

@@ -200,7 +200,8 @@ def one_by_one(decoder, prompt, stop, budget):
 def time_decoding(ways, batches, device):
     """(list of dicts, {name: answers to each batch}) of {name: function of prompts}, by turns over batches of prompts.
 
-    A way may answer fewer prompts, the first of each batch. Its text is compared with that of the first way.
+    A way may answer fewer prompts, the first of each batch. Its text is compared with that of the way before it, as far
+    as both answer.
     """
     answers = {name: {} for name in ways}
 
@@ -209,9 +210,9 @@ def time_decoding(ways, batches, device):
 
     seconds = take_turns({name: partial(decode, name=name) for name in ways}, len(batches), device, warm_up=1)
     answers, found = {name: [made[i] for i in range(len(batches))] for name, made in answers.items()}, []
+    before = next(iter(answers.values()))
     for name, made in answers.items():
-        first = answers[next(iter(ways))]
-        same = [a == b for pair in zip(made, first, strict=True) for a, b in zip(*pair, strict=False)]
+        same, before = [a == b for pair in zip(made, before, strict=True) for a, b in zip(*pair, strict=False)], made
         found.append({"form": name, "rows_per_s": sum(map(len, made)) / sum(seconds[name]),
                       "same_text": sum(same) / len(same)})
     return found, answers
@@ -232,7 +233,7 @@ def tables(found):
                       f"{row['flops'] / 1e9:.2f}", f"{speed / row['ceiling']:.0%}", f"{row['padding']:.0%}",
                       f"{row['mib']:.0f}"])
     slower = found["decoding"][:-1]
-    decoding = [["decoding", "rows/s", *(f"x {row['form']}" for row in slower), "same text"]]
+    decoding = [["decoding", "rows/s", *(f"x {row['form']}" for row in slower), "same text as above"]]
     for row in found["decoding"]:
         ratios = [f"{row['rows_per_s'] / other['rows_per_s']:.1f}" for other in slower]
         decoding.append([row["form"], f"{row['rows_per_s']:.1f}", *ratios, f"{row['same_text']:.1%}"])
@@ -284,6 +285,8 @@ def open_model(args):
     _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
         raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
+    steps = data.order([len(e.full) for e in examples], args.batch_size, seed=0, epoch=0)  # as in training
+    examples = [examples[i] for step in steps if len(step) == args.batch_size for i in step]
     prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
     by_length, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), args.decode_batch
     batches = [[prompts[i] for i in sorted(by_length[at : at + size])] for at in range(0, len(prompts), size)]

@@ -3,7 +3,7 @@
     python -m experiments.peers                                      # a Llama of 3.7M parameters, random weights
     python -m experiments.peers --init FOLDER --leave_out "HF official"   # a real model, without the slowest form
 
-First it is checked that all forms compute the same losses. The forms of transformers are:
+First it is checked that all forms (but compiled ones) compute the same losses. The forms of transformers are:
 
     plain      padded to the longest row; the next-token loss alone
     two rows   [conversation] and [Text + PRED | Code] under a 4-D mask, padded to the longest
@@ -151,7 +151,7 @@ def main():
         if args.init is None:
             torch.manual_seed(0)
             weights.save(Decoder(Config(1024, n_layer=4, n_head=4, d_model=256, d_ff=688, tied=False)), folder)
-            args.init, args.tokenizer = folder, "synth"
+            args.init, args.tokenizer = folder, args.tokenizer or "synth"
         ours, examples, batches, stop = bench.open_model(args)
         theirs = open_theirs(args)
         losses = check(ours, theirs, examples, args)

@@ -17,6 +17,7 @@ import scipy
 from evaluation import plots
 from evaluation.report import markdown
 from evaluation.tasks import REASONS
+from evaluation.validation import SAMPLE, is_best
 from experiments import bench
 from experiments.sweep import GRIDS, RESULTS, ROOT
 from support import cli
@@ -70,8 +71,9 @@ def read_grid(name):
 def value(cell, metric):
     """A rate of metrics.json, a figure about the encodings, a count of wrong outputs; None if it is not there."""
     metrics = cell["metrics"]
-    if metric == "val_lm":
-        return min((line["val_lm"] for line in cell["validation"]), default=None)
+    if metric == "val_lm":  # of the weights in best/
+        lines = cell["validation"]
+        return next((line["val_lm"] for i, line in [*enumerate(lines)][::-1] if is_best(line, lines[:i], SAMPLE)), None)
     if metric in metrics["rates"]:
         return metrics["rates"][metric]["value"]
     return (metrics["wrong"] | metrics.get("representation", {})).get(metric)

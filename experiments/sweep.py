@@ -175,7 +175,8 @@ def main():
         return print("\n".join([grid["about"], *lines]))
     for cell, found in states:
         if found == "done with other commands":
-            raise UserError(f"{cell.result}: was made by other commands than the grid's; delete it to run it again")
+            raise UserError(f"{cell.result}: was made by other commands than the grid's; to run it again, delete it "
+                            f"and {cell.log}")
     if "$LLMJEPA_SMOLLM2" in grid["train"] and not Path(os.environ.get("LLMJEPA_SMOLLM2", "")).is_absolute():
         raise UserError("set LLMJEPA_SMOLLM2 to the (absolute) folder of SmolLM2-135M-Instruct, which this grid trains")
     if not (ROOT / grid["source"]).exists():

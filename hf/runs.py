@@ -13,6 +13,7 @@ first and then renamed, so a crash leaves the old state or the new, never half.
 
 import contextlib
 import copy
+import errno
 import fcntl
 import hashlib
 import json
@@ -113,6 +114,10 @@ def lock(run):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{run}: another process is training this run; wait for it, or stop it first") from None
+    except OSError as failure:
+        if failure.errno not in (errno.ENOLCK, errno.ENOSYS):
+            raise
+        print(f"{run}: its file system knows no locks, so nothing stops a second process here", file=sys.stderr)
     return file
 
 
@@ -209,7 +214,7 @@ def save_model(model, folder, source=None, training=None, tokenizer=None):
 
 
 def save_checkpoint(model, optimizer, args, source, state):
-    """Leave in checkpoint/ what a run goes on from. state: {"step", "random"}. All processes call this."""
+    """Leave in checkpoint/ what a run goes on from. state: {"step", "bad", "random"}. All processes call this."""
     folder = args.out / "checkpoint"
     if args.shard:
         if not processes.finite_everywhere(model):
@@ -235,19 +240,20 @@ def save_best(model, args, source, tokenizer):
 
 
 def load_checkpoint(model, optimizer, args):
-    """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step.
+    """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step, and how
+    many were not taken: in a row up to then, and in all.
 
     A run that was stopped before its first checkpoint goes on from the beginning.
     """
     folder = standing(args.out, "checkpoint")
     if folder is None:
-        return 0
+        return 0, (0, 0)
     if args.shard:
         processes.load_shards(model, optimizer, folder)
     path = folder / "training.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step, random = state["step"], state["random"]
+        step, bad, random = state["step"], state.get("bad", (0, 0)), state["random"]
         if not args.shard:
             moments = state["optimizer"]["state"]
             wanted = [p.shape for group in optimizer.param_groups for p in group["params"]]
@@ -258,13 +264,13 @@ def load_checkpoint(model, optimizer, args):
         torch.set_rng_state(cpu)
         if torch.cuda.is_available() and len(gpus) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(gpus)
-        assert isinstance(step, int) and step >= 0
+        assert all(isinstance(number, int) and number >= 0 for number in (step, *bad)) and len(bad) == 2
     except UserError:
         raise
     except Exception as failure:  # a damaged file provokes whatever it likes
         reason = "it is no checkpoint" if isinstance(failure, pickle.UnpicklingError) else repr(failure)[:200]
         raise UserError(f"{path}: cannot be read ({reason}); this run cannot go on, start another") from None
-    return step
+    return step, bad
 
 
 def replace(folder):

@@ -84,7 +84,7 @@ def run(main):
         sys.exit(_say(f"error: {where}{failure.strerror or failure}; give a file that can be used", 2))
     except (MemoryError, RuntimeError) as failure:
         if re.search("InvalidCxxCompiler|TritonMissing", str(failure)):
-            sys.exit(_say("error: --compile needs a C++ compiler, on a GPU triton, too; leave it out, or install them", 2))
+            sys.exit(_say("error: --compile needs a C++ compiler, or triton on a GPU; install it, or leave it out", 2))
         if isinstance(failure, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(failure)):
             raise
         sys.exit(_say("error: out of memory; try a smaller --batch_size or model, or fewer or shorter rows", 2))

@@ -35,8 +35,9 @@ def hardware(name="auto", dtype="float32"):
 
     RMSNorm.formula = staticmethod(rms_norm)  # quick on CPUs
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:
+        mps = torch.backends.mps.is_available() and WORLD == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name.startswith("cuda") and WORLD > 1:  # each process has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)

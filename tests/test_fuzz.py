@@ -276,7 +276,7 @@ def train_on(path, layout, targets, limit):
     args = train.check(train.FLAGS.parse_args(["--data", str(path), "--layout", layout]))
     too_long = "skip" if limit < 200 else "refuse"
     _, examples = data.training_set(path, hf.tokenizer("synth"), limit, 2, too_long, train_on=targets)
-    train.check_views(args, examples)
+    train.check_views(args, path, examples)
     for start in range(0, len(examples), 2):
         losses = tiny_model()(data.collate(examples[start : start + 2], 2, layout), 1.0)
         losses.total.backward()

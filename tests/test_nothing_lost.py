@@ -76,6 +76,14 @@ def test_bad_steps_that_are_not_in_a_row_end_nothing(toy, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
     inside("--out", tmp_path / "run", *toy, *SMALL, "--epochs", "1")
     assert [line["steps_not_taken"] for line in log(tmp_path / "run") if "lm" in line] == [1, 1, 2, 2, 3]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # the same, stopped after the first of them
+        patch.setattr(processes.Stop, "wanted", property(lambda self: True))
+        calls.clear()
+        inside("--out", tmp_path / "stopped", *toy, *SMALL, "--epochs", "1")
+    saved = torch.load(tmp_path / "stopped/checkpoint/training.pt", weights_only=True)
+    assert saved["bad"] == (1, 1)
+    inside("--resume", tmp_path / "stopped")
+    assert log(tmp_path / "stopped") == log(tmp_path / "run")
 
 
 def test_a_step_that_is_not_finite_is_not_taken_and_three_end_the_run(toy, tmp_path, capsys):
@@ -233,9 +241,16 @@ def test_a_run_on_nfs_can_be_locked(finished, monkeypatch):
     before = (finished / "config.json").read_bytes()
     runs.lock(finished).close()
     assert (finished / "config.json").read_bytes() == before
-    monkeypatch.setattr(runs.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
-    with pytest.raises(OSError, match="No locks"):
+    monkeypatch.setattr(runs.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"):
         runs.lock(finished)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_keeps_nobody_from_training(finished, monkeypatch, capsys, number):
+    monkeypatch.setattr(runs.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    runs.lock(finished).close()
+    assert "knows no locks" in capsys.readouterr().err
 
 
 def test_a_run_belongs_to_one_process(finished, tmp_path, capsys):

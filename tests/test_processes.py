@@ -255,3 +255,10 @@ def test_a_cpu_says_whether_it_has_bfloat16(monkeypatch, flags, fast):
     monkeypatch.setattr(processes.Path, "exists", lambda self: True)
     monkeypatch.setattr(processes.Path, "read_text", lambda self: f"flags\t: fpu {flags}\n")
     assert processes.has_bfloat16(torch.device("cpu")) is fast
+
+
+def test_several_processes_on_a_mac_use_its_cpu(monkeypatch):
+    """gloo has no way to send what lies on its GPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "WORLD", 2)
+    assert processes.hardware("auto")[0] == torch.device("cpu")

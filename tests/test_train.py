@@ -330,6 +330,41 @@ def test_lora_trains_adapters_and_pred_and_exports_a_merged_model(toy, tmp_path)
         assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_how_many_pred_vectors_there_are_changes_no_other_draw():
+    adapters = []
+    for k in ("0", "3"):
+        args = train_script.check(train_script.FLAGS.parse_args(["--init", str(MODEL), "--lora_rank", "2", "--k", k]))
+        torch.manual_seed(0)
+        model = train_script.make_model(args, None, MODEL)
+        adapters.append({name: p for name, p in model.decoder.named_parameters() if p.requires_grad})
+    assert_close(*adapters, rtol=0, atol=0)
+    assert len(adapters[0]) > 10
+
+
+def test_a_folder_is_a_folder_whatever_its_name(tmp_path, monkeypatch):
+    """Also one that is called as a tokenizer of tiktoken's."""
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = train_script.check(train_script.FLAGS.parse_args(["--init", "gpt2"]))
+    assert args.init == args.tokenizer == str(tmp_path / "gpt2")
+    assert train_script.check(train_script.FLAGS.parse_args(["--tokenizer", "gpt2"])).tokenizer == "gpt2"
+
+
+def test_validation_rows_without_the_views_are_refused(toy, tmp_path, refused):
+    """Or nothing would show whether a small JEPA loss is collapse."""
+    rows = tmp_path / "own.jsonl"
+    said = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "A B"}]
+    rows.write_text(Path(toy[3]).read_text() + json.dumps({"messages": said, "text": "a", "code": "A"}) + "\n")
+    flags = ["--out", tmp_path / "run", *toy[:2], "--val", rows, *SMALL]
+    assert "own.jsonl: has rows with a text view of their own" in refused(*flags)
+
+
+def test_only_the_shipped_rows_are_sent_on_to_the_shipped_test(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "SYNTH", Path(toy[1]).parent)
+    inside("--out", tmp_path / "run", *toy, *SMALL, "--max_steps", "1")
+    assert "--data FILE" in capsys.readouterr().out
+
+
 def test_adapters_name_their_base_as_the_user_did(tmp_path):
     """A name of the Hub, and not the folder of this machine's cache."""
     model = LLMJEPA(weights.load(MODEL), 1)
@@ -373,6 +408,10 @@ def test_a_run_stopped_before_its_first_line_of_log_can_go_on(toy, tmp_path):
     (["--k", str(2**31)], f"--k {2**31}: must be"),
     (["--d_model", str(2**40)], f"--d_model {2**40}: must be"),
     (["--n_layer", "1e5"], "--n_layer 1e5: must be a whole number"),
+    (["--n_layer", "2001"], "at most 2000"),
+    (["--block_size", str(2**24)], "at most 16777215"),
+    (["--lora_alpha", "8"], "--lora_rank"),
+    (["--lora_dropout", "0.5"], "--lora_rank"),
     (["--seed", str(2**64)], f"--seed {2**64}: must be"),
     (["--lam", "-0.5"], "--lam -0.5"),
     (["--lam", "nan"], "--lam nan"),
