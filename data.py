@@ -206,11 +206,8 @@ def examples_of(conversations, tokenizer, limit, k=0, too_long="refuse", **how):
 
 
 def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
-    """(places, examples) of a file that may be large: `examples_of` in about 10 bytes of memory a token, 1 kB for a row
-    of the shipped data.
-
-    places: "file:line". Nothing else is kept of the text, and ids are arrays: 4 bytes an id, 1 for being a target.
-    """
+    """(places, examples) of a file that may be large: as `examples_of`, but of the text only "file:line" is kept, and
+    ids are arrays: about 10 bytes of memory a token, 1 kB for a row of the shipped data."""
     make, pack = partial(example, tokenizer=tokenizer, **how), partial(array, "i")
     conversations = (Conversation(**row) for row in rows.read(path))
     places, examples = [], []
@@ -306,11 +303,8 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
     columns = torch.tensor([row + [(0, PAD, 0)] * (width - len(row)) for row in made])  # (B, T, 3)
     ids, segment, position = columns.permute(2, 0, 1).contiguous()  # (B, T) each
     places = lambda pairs: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)  # noqa: E731
-    return Batch(
-        ids=ids, segment=segment, position=position,
-        label_at=places(label_at), label=torch.tensor(label, dtype=torch.long),
-        text_at=places(text_at), code_at=places(code_at),
-    )
+    label = torch.tensor(label, dtype=torch.long)
+    return Batch(ids, segment, position, places(label_at), label, places(text_at), places(code_at))
 
 
 def main():

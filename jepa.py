@@ -245,33 +245,35 @@ class LLMJEPA(nn.Module):
         return torch.stack([checkpoint(of_part, *part, use_reentrant=False) for part in parts]).sum()
 
 
+def toy_row():
+    """(tokens, `Batch`) of one row with k = 2."""
+    words = "lines with a dog <answer> d o g <stop>".split()  # the id of a word is its place here
+    ids = [0, 1, 2, 3] + [4, 5, 6, 7, 8] + [-1, -2] + [4, 5, 6, 7]
+    segment = [TEXT] * 4 + [ANSWER] * 5 + [PRED] * 2 + [CODE] * 4
+    position = [0, 1, 2, 3] + [4, 5, 6, 7, 8] + [4, 5] + [0, 1, 2, 3]
+    predict = [4, 5, 6, 7]  # from "<answer>" on, each of these columns is to predict the next one
+    places = lambda columns: torch.tensor([[0, column] for column in columns])  # noqa: E731
+    return [words[i] if i >= 0 else f"[PRED {-i}]" for i in ids], Batch(
+        ids=torch.tensor([ids]), segment=torch.tensor([segment]), position=torch.tensor([position]),
+        label_at=places(predict), label=torch.tensor([ids[column + 1] for column in predict]),
+        text_at=places([10]), code_at=places([14]),
+    )
+
+
 def main():
     """A toy row under random weights: what it looks like, and its losses from one pass and from three."""
     from model import Config, Decoder
 
     torch.manual_seed(0)
-    words = "lines with a dog <answer> d o g <stop>".split()
-    number = {word: i for i, word in enumerate(words)}
-    model = LLMJEPA(Decoder(Config(len(words), n_layer=2, n_head=2, d_model=32, d_ff=64)), k=2)
-
-    text, answer, code = (line.split() for line in ("lines with a dog", "<answer> d o g <stop>", "<answer> d o g"))
-    ids = [number[word] for word in text + answer] + [-1, -2] + [number[word] for word in code]
-    segment = [TEXT] * 4 + [ANSWER] * 5 + [PRED] * 2 + [CODE] * 4
-    position = [0, 1, 2, 3] + [4, 5, 6, 7, 8] + [4, 5] + [0, 1, 2, 3]
-    predict = [4, 5, 6, 7]  # from "<answer>" on, each of these columns is to predict the next one
-    places = lambda columns: torch.tensor([[0, column] for column in columns])  # noqa: E731
-    batch = Batch(
-        ids=torch.tensor([ids]), segment=torch.tensor([segment]), position=torch.tensor([position]),
-        label_at=places(predict), label=torch.tensor([ids[column + 1] for column in predict]),
-        text_at=places([10]), code_at=places([14]),
-    )
+    model = LLMJEPA(Decoder(Config(9, n_layer=2, n_head=2, d_model=32, d_ff=64)), k=2)
+    tokens, batch = toy_row()
+    ids, predict = batch.ids[0].tolist(), batch.label_at[:, 1].tolist()
     print("One row: column, segment, position, token (* marks a target: the column before it is trained to predict it)")
-    for column, (token, at) in enumerate(zip(ids, position, strict=True)):
-        word = words[token] if token >= 0 else f"[PRED {-token}]"
-        word += " *" if column - 1 in predict else ""
-        name = ("TEXT", "ANSWER", "PRED", "CODE")[segment[column]]
+    for column, token in enumerate(tokens):
+        token += " *" if column - 1 in predict else ""
+        name = ("TEXT", "ANSWER", "PRED", "CODE")[batch.segment[0, column]]
         seen = "".join("#" if allowed else "." for allowed in mask(batch.segment)[0, column])
-        print(f"  {column:2d}  {name:6s} {at:2d}  {word:10s}  may attend to  {seen}")
+        print(f"  {column:2d}  {name:6s} {batch.position[0, column]:2d}  {token:10s}  may attend to  {seen}")
 
     def alone(ids):
         """The states of a view that has a forward pass of its own, (T, C)."""

@@ -29,10 +29,7 @@ def row_number(conversation):
 
 
 def questions(path, limit=None):
-    """(the first `limit` conversations of a file that is to be answered, digest of all of it that answers depend on).
-
-    The digest is of what was read: a pipe can be read only once.
-    """
+    """(the first `limit` conversations of a file to be answered, digest of all of it that answers depend on)."""
     conversations = data.read(path)
     asked = json.dumps([[row_number(conversation), conversation.messages] for conversation in conversations])
     for conversation in conversations[:limit]:
@@ -45,11 +42,8 @@ def questions(path, limit=None):
 
 
 def kept(folder, header, conversations, examples, make):
-    """A model's answers, one for each conversation, from a file of the folder as far as they are there.
-
-    header: all that they depend on; the file is named after it. make: a function of those conversations (and their
-    examples) that are not answered yet, which yields (index among them, answer).
-    """
+    """A model's answers, one for each conversation, as far as they are there from a file named after `header`, all that
+    they depend on. make: yields (index, answer) for those conversations, and examples, that are not answered yet."""
     path = folder / f"answers-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:8]}.jsonl"
     found, numbers = answered(path, header), [row_number(conversation) for conversation in conversations]
     todo = [i for i, number in enumerate(numbers) if number not in found]
@@ -84,11 +78,8 @@ def answered(path, header):
 
 
 def likeliest(opened, args, conversations, examples):
-    """Yield (index, {"output", "ending_letter"}) for questions "context, newline, A) ending, newline, B) ending ...".
-
-    output: the letter most likely as the answer. ending_letter: that of the ending most likely, per token, as the
-    answer to the context alone.
-    """
+    """Yield (index, {"output", "ending_letter"}) for questions "context, newline, A) ending, newline, B) ending ...":
+    the likeliest letter as the answer, and that of the likeliest ending, per token, as the answer to the context."""
     for i, conversation in enumerate(conversations):
         *before, question, _ = conversation.messages
         context, *endings = re.split(r"\n(?=[A-Z]\) )", question["content"])
@@ -104,9 +95,8 @@ def likeliest(opened, args, conversations, examples):
 
 def likelihoods(opened, messages, choices, per_token=False):
     """log P of each of the choices as the answer to `messages`, in nats; the stop token does not count."""
-    answers = [{"role": "assistant", "content": choice} for choice in choices]
-    examples = [data.example(data.Conversation([*messages, answer], ""), opened.tokenizer, stop_label=False)
-                for answer in answers]
+    asked = [data.Conversation([*messages, {"role": "assistant", "content": choice}], "") for choice in choices]
+    examples = [data.example(conversation, opened.tokenizer, stop_label=False) for conversation in asked]
     ids = [[token for token, wanted in zip(e.full, e.trained, strict=True) if wanted] for e in examples]
     prompt = examples[0].full[: examples[0].answer_start]
     found = generate.log_likelihoods(opened.model.decoder, prompt, ids)
@@ -118,10 +108,7 @@ def likelihoods(opened, messages, choices, per_token=False):
 
 def given(path, conversations):
     """(answers, the conversations that they answer) from the file of another system, or from an earlier evaluation.
-
-    Line i is {"output": ...} for conversation i; or each line says by "row" which line of the data it answers, and then
-    some may be missing.
-    """
+    Line i answers conversation i; or each says by "row" which line of the data it answers, and some may be missing."""
     lines, by_row = objects(path), {row_number(conversation): conversation for conversation in conversations}
     numbered, left, answers = "row" in lines[0], dict(by_row), []
     if len(lines) > len(by_row):

@@ -40,10 +40,8 @@ def trained_on(opened):
 
 
 def prepared(question, like, opened):
-    """(conversation, `data.Example`) of a question, with the system turn, if any, of the turns of another conversation.
-
-    Raises UserError if the question is no text or the model has no room.
-    """
+    """(conversation, `data.Example`) of a question, with the system turn, if any, of the turns `like`. UserError if it
+    is no text or the model has no room."""
     if not question.strip():
         raise UserError("the question is blank")
     try:
@@ -62,11 +60,10 @@ class Codes:
     """The different Codes of a file, to be found by what the model predicts from a question."""
 
     def __init__(self, opened, conversations, args):
-        room, self.opened = opened.model.decoder.config.block_size, opened
-        conversations, examples = data.examples_of(
-            conversations, opened.tokenizer, room, len(opened.model.pred), args.too_long)
+        room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
+        conversations, examples = data.examples_of(conversations, opened.tokenizer, room, k, args.too_long)
         own_text = any(e.own_text for e in examples)
-        self.layout = opened.layout | ({"layout": "paper"} if own_text else {})
+        self.model, self.layout = opened.model, opened.layout | ({"layout": "paper"} if own_text else {})
         different = {tuple(e.code): (c, e) for c, e in zip(conversations, examples, strict=True)}.values()
         self.texts = [(c.code or c.messages)[-1]["content"] for c, _ in different]
         text, self.code = self.encoded([e for _, e in different], args.batch_size)
@@ -74,7 +71,7 @@ class Codes:
 
     def encoded(self, examples, batch_size=1):
         """What the model predicts from each Text, and each Code: (n, C) twice."""
-        states = encodings.encode(self.opened.model, examples, batch_size, **self.layout)
+        states = encodings.encode(self.model, examples, batch_size, **self.layout)
         return encodings.sides(states, self.layout.get("reverse", False)).values()
 
     def nearest(self, example):

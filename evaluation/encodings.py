@@ -72,11 +72,9 @@ def cosines(text, code, seed=0):  # (n, C), (n, C): arrays or tensors
 
 
 def collapsed(cosines):
-    """Are true pairs no closer than shuffled ones, because all point in nearly one direction?
-
-    Both parts of the rule are needed. Before training, pairs are no closer than shuffled ones either (0.729 and 0.727
-    for SmolLM2-135M on Spider); and a model may well tell rows apart within a narrow cone.
-    """
+    """Are true pairs no closer than shuffled ones, because all point in nearly one direction? Both parts are needed:
+    before training, pairs are no closer than shuffled ones either (0.729 and 0.727 for SmolLM2-135M on Spider); and a
+    model may well tell rows apart within a narrow cone."""
     return cosines["shuffled"] > 0.95 and cosines["pairs"] - cosines["shuffled"] < 0.01
 
 
@@ -155,12 +153,9 @@ def measure(encodings, reverse=False, seed=0, codes=None):
 
 
 def verdict(figures, reverse=False):
-    """One sentence: have the encodings that the JEPA loss compares collapsed?
-
-    Pretrained decoders' states lie in a cone (a mean cosine of 0.94 between different Codes, for one of 135M
-    parameters), which is no collapse; hence the threshold. Labels (few different Codes) may well share a direction, as
-    may what is predicted from them, or of them.
-    """
+    """One sentence: have the encodings that the JEPA loss compares collapsed? Pretrained decoders' states lie in a cone
+    (a mean cosine of 0.94 between different Codes, for one of 135M parameters), which is no collapse. Labels (few
+    different Codes) may well share a direction, as may what is predicted from them, or of them."""
     few = figures["different_codes"] < min(10, figures["n"])
     names = {} if few and reverse else {"pred": "the predictions"}
     if reverse:

@@ -26,11 +26,9 @@ class Answer(NamedTuple):
 
 
 class Cache:
-    """Keys and values (B, G, S, D) and positions (B, S) of the S columns so far; `Decoder.hidden` appends to it.
-
-    Tensors have room for a quarter more columns than are used, so that a new token seldom copies all earlier ones. New
-    columns of several rows may follow earlier ones of a single row, which then belong to each of them.
-    """
+    """Keys and values (B, G, S, D) and positions (B, S) of the S columns so far; `Decoder.hidden` appends to it. There
+    is room for a quarter more columns, so that a new token seldom copies all earlier ones. New columns of several rows
+    may follow earlier ones of a single row, which then belong to each of them."""
 
     def __init__(self):
         self.start, self.end, self.position, self.tensors = 0, 0, None, {}
@@ -73,10 +71,7 @@ def most_likely(logits, rows, step):
 
 def sampler(temperature, top_p, seed, names):
     """A function like `most_likely` that draws from softmax(logits / temperature), cut to the likeliest `top_p` of it.
-
-    names: a number for each prompt. A draw depends on (seed, name, step) alone: not on the batch, nor on what was
-    generated before an interruption.
-    """
+    A draw depends on (seed, the prompt's number in `names`, step): not on the batch, nor on an earlier interruption."""
 
     def choose(logits, rows, step):
         logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # finite for any temperature
@@ -119,10 +114,8 @@ def prefill(decoder, prompts):
 
 @torch.no_grad()  # in inference mode autocast would cast all weights anew for each token
 def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
-    """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first.
-
-    Rows that have met `stop`, or have filled the model's block_size, leave the batch and cost nothing more.
-    """
+    """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first. Rows that have met
+    `stop`, or have filled the model's block_size, leave the batch and cost nothing more."""
     room, device = decoder.config.block_size, decoder.embed.weight.device
     assert prompts and all(prompts), "every prompt needs at least one token"
     assert max(map(len, prompts)) <= room, "a prompt is longer than the model's block_size"

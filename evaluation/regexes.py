@@ -148,11 +148,9 @@ def stands_for(token, character):
 
 
 def parse(text, languages):
-    """The number of a regex in `languages`; SyntaxError where it is none.
-
-    Python's operators bind as NL-RX's do: ~ first, then * (here: repetition), + (here: sequence), & and last |. So the
-    regex is written as a Python expression, in which t7 is its token number 7, for Python's parser to make a tree of.
-    """
+    """The number of a regex in `languages`; SyntaxError where it is none. Python's operators bind as NL-RX's do: ~
+    first, then * (here: repetition), + (here: sequence), & and last |. So the regex is written as a Python expression,
+    in which t7 is its token number 7, for Python's parser to make a tree of."""
     tokens = TOKEN.findall(text[:MAX_REGEX])
     if "".join(tokens) != text:
         raise SyntaxError("not a regex of NL-RX")

@@ -13,8 +13,6 @@ from pathlib import Path
 from evaluation.regexes import same_regex
 from evaluation.sql import CannotScore, spider, spider_database
 
-# --- plain comparisons ---------------------------------------------------------------------------------------------
-
 
 def exact(output, gold):
     """Equal text, white space at both ends aside.
@@ -91,8 +89,6 @@ def nq_open(output, gold):
     return any(f" {words} " in f" {normalise(output)} " for words in alternatives)
 
 
-# --- one face for all tasks ----------------------------------------------------------------------------------------
-
 TASKS = {"exact": exact, "gsm8k": gsm8k, "spider": spider, "nq_open": nq_open, "hellaswag": exact, "label": label}
 FILES = {t: t for t in TASKS} | {"synth": "exact", "turk": "exact", "rotten_tomatoes": "label", "yelp": "label"}
 
@@ -117,8 +113,6 @@ def correct(task, output, gold, user="", databases=None):
         return spider(output, gold, spider_database(user, databases))
     return TASKS[task](output, gold)
 
-
-# --- one answer, all that is said about it -------------------------------------------------------------------------
 
 REASONS = ("stopped too early", "cut off by the budget", "ran on", "other")
 

@@ -19,10 +19,7 @@ COLLAPSED = (
 @torch.no_grad()
 def validate(run):
     """{name: value} of a `train.Run`: losses and cosines over all validation rows, exact match on the first SAMPLE that
-    have an answer. Prints three answers, and once that the encodings have collapsed.
-
-    Several processes all do the same here, so that none has to wait for another.
-    """
+    have an answer. Prints three answers, and once that the encodings have collapsed. All processes do the same here."""
     args, model, (conversations, examples) = run.args, run.model.eval(), run.val_rows
     views = all(e.code and not (e.own_text and args.layout == "fused") for e in examples)
     whole, sums, states = data.count(examples, views), torch.zeros(3, device=run.device), []

@@ -36,7 +36,6 @@ from hf import weights
 from jepa import LLMJEPA, PAD
 from model import Config, Decoder
 from support import cli
-from support.cli import UserError
 from support.processes import hardware, has_bfloat16
 
 KINDS = {  # what is timed: arguments of data.collate
@@ -110,10 +109,8 @@ def step_flops(config, batch, all_logits=False):
 
 
 def take_turns(forms, rounds, device, warm_up=2):
-    """{name: [seconds]} of {name: function of the round's number}: in each round each has its turn.
-
-    Rounds that warm up have negative numbers and are not timed.
-    """
+    """{name: [seconds]} of {name: function of the round's number}: in each round each has its turn. Rounds that warm up
+    have negative numbers and are not timed."""
     seconds = {name: [] for name in forms}
     for number in tqdm(range(-warm_up, rounds), "rounds", leave=False):
         for name, form in forms.items():
@@ -199,10 +196,7 @@ def one_by_one(decoder, prompt, stop, budget):
 @torch.no_grad()
 def time_decoding(ways, batches, device):
     """(list of dicts, {name: answers to each batch}) of {name: function of prompts}, by turns over batches of prompts.
-
-    A way may answer fewer prompts, the first of each batch. Its text is compared with that of the way before it, as far
-    as both answer.
-    """
+    A way may answer only the first of a batch. Its text is compared, as far as both go, with that of the way before."""
     answers = {name: {} for name in ways}
 
     def decode(number, name):
@@ -284,7 +278,7 @@ def open_model(args):
     weights.check_tokenizer(tokenizer, decoder)
     _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
-        raise UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
+        raise cli.UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     steps = data.order([len(e.full) for e in examples], args.batch_size, seed=0, epoch=0)  # as in training
     examples = [examples[i] for step in steps if len(step) == args.batch_size for i in step]
     prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]

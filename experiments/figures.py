@@ -1,9 +1,8 @@
 """python -m experiments.figures   # draws experiments/figures/mask.svg: jepa.mask on a toy row, a line for each token,
 a cell for each that it may attend to, in the colour of that one's segment; the picture of the main README."""
 
-import data
 from experiments.sweep import ROOT
-from jepa import ANSWER, CODE, PRED, TEXT, mask
+from jepa import ANSWER, CODE, PRED, TEXT, mask, toy_row
 from support import cli
 
 MASK = ROOT / "experiments" / "figures" / "mask.svg"
@@ -14,15 +13,6 @@ SEGMENTS = {  # number: (name, colour, what the row of the picture says of it)
     CODE: ("CODE", "#CC79A7", "the answer alone: its last state is Enc(Code)"),
 }
 SIDE, LEFT, TOP, WIDTH = 26, 182, 136, 980  # of a cell; of the first cell; of the picture
-
-
-def toy_row():
-    """(tokens, `jepa.Batch`) of the row that the picture shows."""
-    words = "lines with a dog <answer> d o g <stop>".split()
-    full = list(range(len(words)))
-    example = data.Example(full, [False] * 5 + [True] * 4, 4, text=full[:4], code=full[4:8], answer_start=5)
-    batch = data.collate([example], k=2)
-    return [words[i] if i >= 0 else f"[PRED {-i}]" for i in batch.ids[0].tolist()], batch
 
 
 def mask_svg():

@@ -29,7 +29,6 @@ from experiments.bench import LAM, Form
 from hf import weights
 from model import Config, Decoder
 from support import cli
-from support.cli import Stopped
 from support.processes import hardware
 
 
@@ -100,11 +99,8 @@ def their_forms(model, examples, args):
 
 @torch.no_grad()
 def check(ours, theirs, examples, args):
-    """{which tokens: {form: losses of the first step's rows}}. Raises Stopped where two differ by more than 1e-4.
-
-    In the timed steps Text is the user's turn alone, but in the fused layout, which shares the conversation's. So fused
-    is compared with rows whose Text is that of the conversation, system turn included.
-    """
+    """{which tokens: {form: losses of the first step's rows}}. Raises Stopped where two differ by more than 1e-4. Fused
+    rows share the conversation's TEXT, system turn included: they are compared with rows that have that Text, too."""
     ours.pred.copy_(ours.decoder.embed.weight[[theirs.config.vocab_size - 1] * args.k])
     rows, found = bench.rows_of(examples, 0, args.batch_size), {}
     shared = [replace(e, text=e.full[: e.text_end], text_start=0) for e in rows]
@@ -121,7 +117,7 @@ def check(ours, theirs, examples, args):
             losses = their_losses(theirs, make(members, k=args.k).to(theirs.device), mask)
             found[tokens][name] = [value.item() for value in losses]
             if not torch.allclose(torch.stack(losses), torch.stack(own), rtol=1e-4, atol=1e-5):
-                raise Stopped(f"{tokens}: the losses differ, so nothing is timed: {found[tokens]}")
+                raise cli.Stopped(f"{tokens}: the losses differ, so nothing is timed: {found[tokens]}")
     return found
 
 

@@ -38,9 +38,7 @@ def interval(values):
 
 def flip_test(differences, seed=0, draws=100_000):
     """Two-sided p of a mean of zero: the share of random signs of the rows' differences that take it as far from zero.
-
-    Rows that differ by the same amount are drawn together, as one binomial number.
-    """
+    Rows that differ by the same amount are drawn together, as one binomial number."""
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     heads = np.random.default_rng(seed).binomial(counts, 0.5, size=(draws, len(counts)))
     as_far = np.abs((2 * heads - counts) @ sizes) >= abs(sum(differences)) - 1e-9

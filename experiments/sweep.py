@@ -75,10 +75,8 @@ def logged(cell):
 
 
 def run_cell(cell, threads, keep):
-    """Train, evaluate, write the result. Returns a sentence where that did not come to its end, else None.
-
-    The log is locked as long as this process or the one it started lives, so that no two work on the same cell.
-    """
+    """Train, evaluate, write the result. Returns a sentence where that did not come to its end, else None. The log is
+    locked while this process or the one it started lives, so that no two work on the same cell."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, "a", encoding="utf-8") as log:
         try:
@@ -137,10 +135,8 @@ def portable(text):
 
 
 def run_all(todo, count, keep):
-    """Run cells, `count` at a time. Returns how many did not come to their end.
-
-    A terminal's Ctrl-C reaches the trainings too, which stop at a checkpoint; here it only means that no cell is begun.
-    """
+    """Run cells, `count` at a time. Returns how many did not come to their end. A terminal's Ctrl-C reaches the
+    trainings too, which stop at a checkpoint; here it only means that no cell is begun."""
     cores, failed = os.cpu_count(), 0
     with ThreadPoolExecutor(count) as pool, tqdm(total=len(todo), unit="cell", smoothing=0) as bar:
         waiting = {pool.submit(run_cell, cell, max(1, cores // count), keep): cell for cell in todo}

@@ -78,11 +78,8 @@ def modules(config):
 
 
 def save(decoder, folder, base):
-    """Write the adapters of a decoder that came from the folder, or Hub name, `base`.
-
-    PEFT has one adapter for GPT-2's c_attn, where there are three here. Together they are one of three times the rank:
-    the A of q, k and v one below the other, and their B along the diagonal, with zeros elsewhere.
-    """
+    """Write the adapters of a decoder that came from the folder, or Hub name, `base`. PEFT has one adapter for GPT-2's
+    c_attn: the three here, together one of three times the rank, A below A below A, and B along the diagonal."""
     folder, adapters, tensors, ranks, alphas = Path(folder), adapted_layers(decoder), {}, {}, {}
     for theirs, ours in modules(decoder.config).items():
         if ours[0] in adapters:
@@ -139,10 +136,8 @@ def read_config(path):
 
 @torch.no_grad()
 def load(decoder, folder, dropout=0.0):
-    """Add the adapters in a folder, written by `save` or by PEFT, to a decoder without any, in place.
-
-    Raises UserError, and leaves the decoder as it was, where they do not fit it or are of another kind than here.
-    """
+    """Add the adapters in a folder, written by `save` or by PEFT, to a decoder without any, in place. UserError where
+    they do not fit it, or are of another kind than here; the decoder is then left as it was."""
     path, adapters = Path(folder) / TENSORS, {}
     rank_of, alpha_of, targeted = read_config(Path(folder) / CONFIG)
     tensors = weights.read_tensors(path)

@@ -84,10 +84,8 @@ def digests(args):
 
 
 def create(args, rows):
-    """Make the folder args.out (chosen here if None) and its config.json. What is there already is never touched.
-
-    rows: how many examples it trains on. Returns the folder's `lock`.
-    """
+    """Make the folder args.out (chosen here if None) and its config.json; returns its `lock`. What is there already is
+    never touched. rows: how many examples it trains on."""
     sums = digests(args)  # takes seconds for a large model
     if args.out is None:
         name = f"runs/lam{args.lam:g}-k{args.k}-seed{args.seed}"
@@ -102,8 +100,7 @@ def create(args, rows):
         raise UserError(f"{args.out} is not empty and holds no run; choose another --out")
     settings = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config = {"arguments": settings, "rows": rows, "sha256": sums, "versions": versions}
-    write_json(args.out / "config.json", config)
+    write_json(args.out / "config.json", {"arguments": settings, "rows": rows, "sha256": sums, "versions": versions})
     return lock(args.out)
 
 
@@ -176,12 +173,9 @@ def read_log(run):
 
 
 def save_model(model, folder, source=None, training=None, tokenizer=None):
-    """Write an `LLMJEPA` as `folder`, replacing the one that was there.
-
-    source: the Hugging Face folder that the decoder came from. training: the state to resume from; without it the
-    decoder is written as a model of its own, adapters merged. tokenizer: see `weights.save`. Raises UserError, and
-    leaves the old folder, where that fails or a weight is not finite.
-    """
+    """Write an `LLMJEPA` as `folder`, in place of an older one, which stays where that fails or a weight is not finite.
+    training: the state to resume from; without it the decoder is written as a model of its own, adapters merged.
+    source: the Hugging Face folder that the decoder came from. tokenizer: see `weights.save`."""
     folder = Path(folder)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -241,13 +235,10 @@ def save_best(model, args, source, tokenizer):
 
 def load_checkpoint(model, optimizer, args):
     """Put optimizer, random states, and the weights of a sharded model back as they were; returns the step, and how
-    many were not taken: in a row up to then, and in all.
-
-    A run that was stopped before its first checkpoint goes on from the beginning.
-    """
+    many were not taken: in a row up to then, and in all."""
     folder = standing(args.out, "checkpoint")
     if folder is None:
-        return 0, (0, 0)
+        return 0, (0, 0)  # stopped before its first checkpoint: it goes on from the beginning
     if args.shard:
         processes.load_shards(model, optimizer, folder)
     path = folder / "training.pt"

@@ -23,10 +23,8 @@ MEMORY, SECONDS = 9 * 10**8, 5  # what a process may use: bytes of data, seconds
 
 
 def start(module, path, size):
-    """A function (name, *arguments) -> value that has one of the functions which `module` serves for `path` called.
-
-    size: bytes that it has to read from there. Raises UserError, with the path in front, for whatever fails over there.
-    """
+    """A function (name, *arguments) -> value that has one of the functions which `module` serves for `path` called;
+    UserError, with the path in front, for whatever fails over there. size: bytes that it has to read from `path`."""
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search, "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen([sys.executable, "-m", module, str(path), str(size)], env=environment,

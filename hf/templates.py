@@ -247,9 +247,8 @@ def rendering(folder, template, bos, messages):
     try:
         return template(messages=messages)
     except Exception as failure:  # a template is a program: it may fail in any way
-        roles = shown([message["role"] for message in messages])
-        reason = f"{type(failure).__name__}: {failure}"
-    refused = UserError(f"{folder}: the chat template refuses the roles {roles} ({reason})")
+        roles, reason = shown([message["role"] for message in messages]), f"{type(failure).__name__}: {failure}"
+        refused = UserError(f"{folder}: the chat template refuses the roles {roles} ({reason})")
     if messages[0]["role"] == "assistant":
         question = [{"role": "user", "content": "?"}]
         with contextlib.suppress(Exception):
@@ -266,12 +265,9 @@ def joined_system(messages):
 
 
 def skeleton(folder, render, turns):
-    """The template's texts around the contents, the turns of these in reading order, whether to use `joined_system`.
-
-    turns: (role, content if that is blank) for each turn. Blank contents are left to the template as they are: some ask
-    whether there is any. A template without a system role refuses one, or leaves it out: then the system text goes in
-    front of the user's.
-    """
+    """The template's texts around the contents, the turns of these in reading order, whether to use `joined_system`: a
+    template without a system role refuses one, or leaves it out. turns: (role, content if that is blank) for each;
+    blank contents are left to the template as they are, since some ask whether there is any."""
     marked = [{"role": role, "content": MARK.format(turn) if blank is None else blank}
               for turn, (role, blank) in enumerate(turns)]
     joinable = [role for role, _ in turns[:2]] == ["system", "user"]

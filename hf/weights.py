@@ -71,12 +71,9 @@ def check_tokenizer(tokenizer, decoder):
 
 
 def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
-    """Write config.json and model.safetensors; a failure leaves what was in the folder as it was.
-
-    source: the folder the decoder came from, whose config.json and tokenizer files go along (of config.json only the
-    dtype changes, to that of the tensors). None: a config.json for LlamaForCausalLM or GPT2LMHeadModel is made.
-    tokenizer: the `data.Tokenizer` of the training, if that is to go along instead, and its stop token to end answers.
-    """
+    """Write config.json and model.safetensors; a failure leaves what was in the folder as it was. source: the folder
+    the decoder came from, whose tokenizer files and config.json (but for the dtype) go along; None: a config.json for
+    LlamaForCausalLM or GPT2LMHeadModel is made. tokenizer: one that is to go along instead, with its stop token."""
     folder, have = Path(folder), decoder.state_dict()
     fields = families.describe(decoder.config) if source is None else read_json(Path(source) / "config.json")
     if families.parse(fields, folder / "config.json") != decoder.config:
@@ -102,10 +99,8 @@ def save(decoder, folder, source=None, dtype=torch.float32, tokenizer=None):
 
 
 def end_answers(folder, fields, stop):
-    """Have `generate` of transformers end at the token `stop`, too. fields: of config.json.
-
-    A chat template may end answers with another token than the model's own (Qwen2.5's base models: <|im_end|>).
-    """
+    """Have `generate` of transformers end at the token `stop`, too: a chat template may end answers with another token
+    than the model's own (Qwen2.5's base models: <|im_end|>). fields: of config.json."""
     path = folder / GENERATION
     own = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with contextlib.suppress(UserError):  # a file that is no JSON stays as it is
@@ -117,8 +112,7 @@ def end_answers(folder, fields, stop):
 
 
 def fetch(name, model=True):
-    """The folder `name`, or that of the Hub's `org/name`, downloaded unless it is cached: model and tokenizer, or with
-    model=False the tokenizer alone."""
+    """The folder `name`, or that of the Hub's `org/name`, downloaded unless cached. model=False: tokenizer alone."""
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
@@ -237,19 +231,15 @@ def as_safetensors(file, spare, size):
     return target
 
 
-def pickled(file):
-    """What is done with a pickle, the format of pytorch_model.bin, in a process with limits (see sandbox.py)."""
-    def convert(target):
-        """Write its tensors as safetensors."""
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-        except Exception:  # whatever a damaged or hostile file provokes
-            raise UserError(f"{file}: refused: damaged, or not just a dict of tensors: it could run code") from None
-        save_file(state, target)
-
-    return {"convert": convert}
+def convert(file, target):
+    """Write the tensors of a pickle (pytorch_model.bin) as safetensors; in a process with limits, see sandbox.py."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    except Exception:  # whatever a damaged or hostile file provokes
+        raise UserError(f"{file}: refused: damaged, or not just a dict of tensors: it could run code") from None
+    save_file(state, target)
 
 
 if __name__ == "__main__":
-    sandbox.serve(pickled)
+    sandbox.serve(lambda file: {"convert": lambda target: convert(file, target)})

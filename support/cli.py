@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -102,26 +103,18 @@ def _say(line, code):
 
 
 class Unbreakable:
-    """A stream to print on, whatever happens to it: printing must never end a run.
-
-    A character that its encoding lacks is printed as an escape. When the reader leaves (head, a closed terminal) or the
-    disk is full, the rest goes nowhere.
-    """
+    """A stream to print on, whatever happens to it: printing must never end a run. A character that its encoding lacks
+    becomes an escape; when the reader leaves (head, a closed terminal) or the disk is full, the rest goes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream
+        self.write, self.flush = partial(self._try, stream.write), partial(self._try, stream.flush)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-    def write(self, text):
-        return self._try(lambda: self.stream.write(text))
-
-    def flush(self):
-        return self._try(self.stream.flush)
-
-    def _try(self, action):
+    def _try(self, action, *text):
         try:
-            return action()
+            return action(*text)
         except (OSError, ValueError):  # ValueError: the stream is closed
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
@@ -135,10 +128,8 @@ class Unbreakable:
 
 @contextlib.contextmanager
 def writing(path):
-    """A context whose value is the name to write a file under: it then becomes `path`, or on failure vanishes.
-
-    So a file is there whole or not at all. Its folder is made if need be. Raises UserError where that fails.
-    """
+    """A context whose value is the name to write a file under: it then becomes `path`, or on failure vanishes. So a
+    file is there whole or not at all. Its folder is made if need be. UserError where that fails."""
     path = Path(path)
     unfinished = path.parent / (path.name + ".partial")
     try:

@@ -17,11 +17,9 @@ def orthogonal(matrix):  # (n, m) -> (n, m)
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that groups with "muon": True, which hold only matrices, go by Muon.
-
-    An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both share a
-    learning rate and a weight decay. With fused=True, `found_inf` = 1 (the gradient is not finite) changes nothing.
-    """
+    """AdamW, except that groups with "muon": True, which hold only matrices, go by Muon, its updates scaled to the size
+    of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2): both share a learning rate and a weight decay. With
+    fused=True, `found_inf` = 1 (the gradient is not finite) changes nothing."""
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -127,11 +127,9 @@ def turn(message, where):
 
 
 def fitting(conversations, make, needs, limit, too_long):
-    """(conversation, example) of each row that has room in a model, one at a time.
-
-    make: conversation -> example. needs: example -> tokens. Rows that need more than `limit` are refused, or with
-    too_long="skip" left out and reported. too_long=None: refused, and nothing is said of a flag for it.
-    """
+    """(conversation, example) of each row that needs at most `limit` tokens, one at a time. Others are refused, or with
+    too_long="skip" left out and reported; None: refused without a word of that flag. make: conversation -> example.
+    needs: example -> tokens."""
     kept, skipped = 0, []
     for conversation in conversations:
         try:
