@@ -5,7 +5,7 @@
     python train.py --resume runs/lam2-k1-seed0   # go on after Ctrl-C or a crash, to the same numbers
 
 A run folder holds config.json (every setting), log.jsonl (one object per logged step and validation), loss.png,
-checkpoint/ (where training stands; --resume takes it from there) and best/ (the best weights on --val, else the last).
+checkpoint/ (where training stands; --resume takes it from there) and best/ (the weights that --val chose, or the last).
 In this file: the flags, then one optimizer step, then what happens around the steps. Read next: `eval.py`.
 """
 
@@ -340,7 +340,7 @@ def log_step(run, bar, epoch, result, tokens, began):
                  total=total, lr=run.optimizer.param_groups[0]["lr"], grad_norm=result["norm"].item(),
                  tokens_per_s=speed, **({"steps_not_taken": int(run.skipped)} if run.skipped else {}))
     shuffled = run.validations[-1].get("val_cosine_shuffled") if run.validations else None
-    beside = "validation shows if it is collapse" if shuffled is None else f"cosine of shuffled pairs {shuffled:.3f}"
+    beside = "may be collapse" if shuffled is None else f"cosine of shuffled pairs {shuffled:.3f}"
     shown = f"{jepa:.3f} ({beside})" if result["jepa"] else "-"
     bar.set_postfix_str(f"lm {lm:.3f}, jepa {shown}, {speed} tokens/s", refresh=False)
 
@@ -355,8 +355,8 @@ def save(run):
 
 
 def validate_if_due(run, per_epoch):
-    """At the end of an epoch and of the run: validate, log, and keep the best weights so far as best/ (see
-    `validation.is_best`). Without validation rows the last epoch counts as the best."""
+    """At the end of an epoch and of the run: validate, log, and keep the weights as best/ if they are (see `is_best`).
+    Without validation rows the last epoch counts as the best."""
     if run.step % per_epoch and run.step < run.total:
         return
     scores, best = {"val_lm": 0.0}, True  # where there are no validation rows
@@ -366,7 +366,7 @@ def validate_if_due(run, per_epoch):
         with (processes.at_hand(run.model, run.args.shard), torch.random.fork_rng(gpus),
               torch.compiler.set_stance("force_eager")):  # decoding has too many shapes to be compiled
             scores = processes.all_of_them(validate(run))[0]  # of process 0: the last bit decides what is saved
-        best = is_best(scores, run.validations, len(run.val_rows[1]))
+        best = is_best(scores, run.validations, sum(e.answer_start < len(e.full) for e in run.val_rows[1]))
     if not math.isfinite(scores["val_lm"]):
         raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
     if best:
@@ -416,8 +416,7 @@ def prepare(args):
     places, examples = data.training_set(args.data, **how)
     val_rows = data.examples_of(data.read(args.val), **how) if args.val else None
     check_views(args, args.data, examples)
-    if val_rows:
-        check_views(args, args.val, val_rows[1])
+    check_views(args, args.val, val_rows[1] if val_rows else [])
     layout = {"layout": args.layout, "front_pred": args.front_pred, "reverse": args.reverse}
     run = Run(args, model, tokenizer, examples, places, val_rows, source, device, autocast, layout, validations=[])
     model.to(device).train()

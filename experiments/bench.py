@@ -77,7 +77,7 @@ def our_forms(model, examples, args):
 
 def rows_of(examples, number, size):
     """The examples of the step of this number, which may be negative."""
-    start = number * size % (len(examples) - size + 1)
+    start = number % (len(examples) // size) * size
     return examples[start : start + size]
 
 
@@ -167,8 +167,9 @@ def peak_memory():
 
 
 def memory_of_steps(make_forms, args, name, dtype):
-    """MiB that two steps of a form take, model and optimizer included; on the CPU beyond what the libraries take."""
-    for library in ["torch._dynamo", "tiktoken"] + ["transformers.models.llama.modeling_llama"] * name.startswith("HF"):
+    """MiB that two steps of a form take, with model, optimizer and compiling; on the CPU beyond what libraries take."""
+    libraries = ["torch._dynamo", "tiktoken"] + ["torch._inductor.compile_fx"] * name.endswith("compiled")
+    for library in libraries + ["transformers.models.llama.modeling_llama"] * name.startswith("HF"):
         importlib.import_module(library)
     before, device = peak_memory(), hardware(args.device)[0]
     form = make_forms(args, name)[name]

@@ -10,7 +10,7 @@ First it is checked that all forms (but compiled ones) compute the same losses. 
     three rows [conversation], [Text + PRED] and [Code], padded to the longest
     official   the two rows padded to 512, under an additive mask, activations recomputed in the backward pass
 
-Each is called as one would write it: labels go in, the loss and all hidden states come out. FLOPs are those of the
+Each is called as one would write it: labels go in, the loss comes out. FLOPs are those of the
 padded rows, with logits in every column and without what is recomputed.
 """
 
@@ -62,12 +62,14 @@ def their_losses(model, batch, mask):
     ids = torch.where(batch.ids < 0, model.config.vocab_size - 1, batch.ids)
     if mask == "additive":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = model(input_ids=ids, labels=labels, output_hidden_states=True, use_cache=False, **arguments)
+    last = []  # states; output_hidden_states=True would keep those of all blocks, and break the graphs of compiled ones
+    hook = model.base_model.register_forward_hook(lambda module, given, made: last.append(made.last_hidden_state))
+    found = model(input_ids=ids, labels=labels, use_cache=False, **arguments)
+    hook.remove()
     model.gradient_checkpointing_disable()
     distance = torch.zeros_like(found.loss)
     if len(batch.text_at):
-        states = found.hidden_states[-1]
-        distance = jepa.cosine(jepa.pick(states, batch.text_at).float(), jepa.pick(states, batch.code_at).float())
+        distance = jepa.cosine(*(jepa.pick(last[0], at).float() for at in (batch.text_at, batch.code_at)))
     return jepa.Losses(found.loss + LAM * distance, found.loss, distance)
 
 
@@ -99,10 +101,10 @@ def their_forms(model, examples, args):
 
 @torch.no_grad()
 def check(ours, theirs, examples, args):
-    """{which tokens: {form: losses of the first step's rows}}. Raises Stopped where two differ by more than 1e-4. Fused
-    rows share the conversation's TEXT, system turn included: they are compared with rows that have that Text, too."""
+    """{which tokens: {form: losses of a step}}. Raises Stopped where two differ by more than 1e-4. Fused rows share the
+    conversation's TEXT, system turn included: they are compared with rows that have that Text, too."""
     ours.pred.copy_(ours.decoder.embed.weight[[theirs.config.vocab_size - 1] * args.k])
-    rows, found = bench.rows_of(examples, 0, args.batch_size), {}
+    rows, found = examples[:: len(examples) // args.batch_size][: args.batch_size], {}  # of all lengths
     shared = [replace(e, text=e.full[: e.text_end], text_start=0) for e in rows]
     groups = {  # which tokens: (rows, our form, their forms)
         "the conversation alone": (rows, "plain fine-tuning", ["HF plain"]),

@@ -4,8 +4,7 @@
     log.jsonl        one object per logged step, and one per validation
     checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
                      training.pt (optimizer, random states, step; opened with weights_only: it cannot run code)
-    best/            a Hugging Face folder and pred.safetensors: the weights with the best validation score, or
-                     without validation the last; what eval.py opens
+    best/            a Hugging Face folder and pred.safetensors: the weights that validation chose; eval.py opens them
 
 Under LoRA, checkpoint/ holds the adapters in PEFT's format; best/ is merged. A folder is written under another name
 first and then renamed, so a crash leaves the old state or the new, never half.
@@ -39,9 +38,6 @@ from jepa import LLMJEPA
 from support import processes
 from support.cli import Stopped, UserError, read_json, write, write_json
 
-NAMES = ("tiny", *data.TOKENIZERS)  # of --init and --tokenizer; anything else is a folder or a repo id
-
-
 # ---- what a run depends on
 
 
@@ -67,7 +63,7 @@ def model_files(folder):
 def tokenizer_digest(name):
     if name == "synth":
         return digest(data.SYNTH_RANKS)
-    if name in NAMES:
+    if name in data.TOKENIZERS:
         return name
     folder = weights.fetch(name, model=False)
     return digest(*(f for f in model_files(folder) if "token" in f.name or f.suffix == ".jinja"))
@@ -112,7 +108,7 @@ def lock(run):
     except BlockingIOError:
         raise UserError(f"{run}: another process is training this run; wait for it, or stop it first") from None
     except OSError as failure:
-        if failure.errno not in (errno.ENOLCK, errno.ENOSYS):
+        if failure.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
         print(f"{run}: its file system knows no locks, so nothing stops a second process here", file=sys.stderr)
     return file
@@ -328,7 +324,8 @@ def is_run(path):
 def open_model(path, device, tokenizer=None):
     """The `Opened` model of a run folder (its best checkpoint if it has one, else its last), of such a checkpoint, or
     of a Hugging Face folder. tokenizer: the name of another one than the model's own."""
-    folder, name, layout, seed, trained_on = Path(path), str(path), {}, None, None
+    folder, layout, seed, trained_on = Path(path), {}, None, None
+    name = os.path.abspath(path) if str(path) in data.TOKENIZERS else str(path)
     run, within = folder, folder.resolve().parent
     if not is_run(path) and folder.resolve().name in ("best", "checkpoint") and (within / "log.jsonl").exists():
         run = within

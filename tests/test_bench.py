@@ -69,10 +69,11 @@ def test_every_way_of_decoding_is_timed_on_the_same_prompts(examples):
     batched = partial(bench.answers_of, decoder, -1, Namespace(new_tokens=6))
     rows, answers = bench.time_decoding({
         "slow": lambda chosen: [bench.one_by_one(decoder, prompt, -1, 6) for prompt in chosen[:1]],
-        "fast": batched, "wrong": lambda chosen: [[0] for _ in chosen]}, batches, decoder.embed.weight.device)
+        "fast": batched, "wrong": lambda chosen: [[0] for _ in chosen], "too": lambda chosen: [[0] for _ in chosen],
+    }, batches, decoder.embed.weight.device)
     expected = [[bench.one_by_one(decoder, prompt, -1, 6) for prompt in batch] for batch in batches]
     assert answers["fast"] == expected and answers["slow"] == [made[:1] for made in expected]
-    assert [row["same_text"] for row in rows] == [1, 1, 0] and all(row["rows_per_s"] > 0 for row in rows)
+    assert [row["same_text"] for row in rows] == [1, 1, 0, 1] and all(row["rows_per_s"] > 0 for row in rows)
 
 
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(tmp_path):

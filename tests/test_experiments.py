@@ -238,7 +238,7 @@ def cell(arm, seed, correct):
     found = {"n": len(correct), "cosine_aligned": 0.5, "cosine_shuffled": 0.25, "retrieval_at_1_text_to_code": 0.125}
     wrong = {"stopped too early": 1, "cut off by the budget": 2, "ran on": 3, "other": 4}
     return {"arm": arm, "seed": seed, "correct": correct, "versions": {"code": "abc"},
-            "validation": [{"val_lm": 0.5}, {"val_lm": 0.25}],
+            "validation": [{"val_lm": 0.125, "val_exact": 0.4}, {"val_lm": 0.25, "val_exact": 0.5}],
             "metrics": {"rates": rates, "representation": found, "wrong": wrong},
             "seconds": {"train": 3600.0, "eval": 1800.0}, "hardware": {"gpu": None, "processor": "a CPU", "threads": 1}}
 

@@ -171,8 +171,9 @@ def test_a_rank_of_something_else_is_none():
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setenv("LOCAL_RANK", "17")
-    with pytest.raises(UserError, match="--device cuda:17"):
-        processes.hardware("cuda")
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match="--device cuda:17"):
+            processes.hardware(name)
 
 
 def test_bfloat16_is_refused_where_it_is_slow(monkeypatch):
