@@ -85,6 +85,8 @@ def check(args):
         raise UserError("--data is missing: a JSONL file of conversations to answer (or --ask a question)")
     args.guessed = args.task is None
     args.task = args.task or tasks.guess_task(args.data or "")
+    if args.temperature and (args.task == "hellaswag" or args.predictions):
+        raise UserError("--temperature: nothing is sampled here; leave it out")
     if args.ask is None and args.task == "spider" and not (args.databases and args.databases.is_dir()):
         raise UserError("--task spider executes queries: give --databases DIR, the folder of Spider's databases "
                         "(python datasets/download.py spider --databases fetches them)")
@@ -158,8 +160,8 @@ def written(opened, args, conversations, examples):
     if args.temperature:
         rows = [answers.row_number(conversation) for conversation in conversations]
         choose = generate.sampler(args.temperature, args.top_p, args.seed, rows)
-    stop, decoder = opened.tokenizer.stop, opened.model.decoder
-    for i, answer in generate.in_batches(decoder, prompts, stop, args.max_new_tokens, args.batch_size, choose):
+    stops, decoder = opened.stops, opened.model.decoder
+    for i, answer in generate.in_batches(decoder, prompts, stops, args.max_new_tokens, args.batch_size, choose):
         yield i, {"output": opened.tokenizer.decode(answer.ids), "stopped": answer.stopped}
 
 

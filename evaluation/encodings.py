@@ -22,7 +22,7 @@ def encode(model, examples, batch_size, layout="fused", front_pred=False, revers
     if any(e.own_text for e in examples):
         layout = "paper"  # a fused row would share the conversation's TEXT
     device, k = model.pred.device, len(model.pred)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].full))
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].full))  # a lack of memory shows at once
     found = {"text": [], "pred": [], "code": []}
     for start in range(0, len(by_length), batch_size):
         members = [examples[i] for i in by_length[start : start + batch_size]]

@@ -115,7 +115,8 @@ def prefill(decoder, prompts):
 @torch.no_grad()  # in inference mode autocast would cast all weights anew for each token
 def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
     """Continue each prompt: yields (index of the prompt, `Answer`), the shortest answer first. Rows that have met
-    `stop`, or have filled the model's block_size, leave the batch and cost nothing more."""
+    `stop` (an id, or several), or have filled the model's block_size, leave the batch and cost nothing more."""
+    stops = {stop} if isinstance(stop, int) else stop
     room, device = decoder.config.block_size, decoder.embed.weight.device
     assert prompts and all(prompts), "every prompt needs at least one token"
     assert max(map(len, prompts)) <= room, "a prompt is longer than the model's block_size"
@@ -126,11 +127,11 @@ def decode(decoder, prompts, stop, max_new_tokens, choose=most_likely):
         token = choose(decoder.logits(state), alive, step)  # (B,)
         going = []  # rows of the batch
         for row, (i, chosen) in enumerate(zip(alive, token.tolist(), strict=True)):
-            if chosen != stop:
+            if chosen not in stops:
                 answers[i].append(chosen)
             full = len(prompts[i]) + len(answers[i]) > room
-            if chosen == stop or full or step == max_new_tokens - 1:
-                yield i, Answer(answers[i], chosen == stop)
+            if chosen in stops or full or step == max_new_tokens - 1:
+                yield i, Answer(answers[i], chosen in stops)
             else:
                 going.append(row)
         if not going:
@@ -171,6 +172,8 @@ def log_likelihoods(decoder, prompt, choices):
     if len(prompt) > 1:
         states(decoder, [prompt[:-1]], 0, cache)
     rows = [[prompt[-1], *tokens[:-1], *[0] * (width - len(tokens))] for tokens in choices]  # padded behind the end
-    logits = decoder.logits(states(decoder, rows, len(prompt) - 1, cache)[0])  # (choices, width, V)
+    found, device = states(decoder, rows, len(prompt) - 1, cache)[0], decoder.embed.weight.device.type
+    with torch.autocast(device, enabled=False):  # in bfloat16 too many would be equal
+        logits = decoder.logits(found.float())  # (choices, width, V)
     found = torch.log_softmax(logits.float(), dim=-1)
     return [found[i, range(len(tokens)), tokens].sum().item() for i, tokens in enumerate(choices)]

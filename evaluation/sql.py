@@ -54,7 +54,7 @@ def restrict(connection, seconds):
 
 def run_query(query, database, seconds, max_rows=MAX_ROWS):
     """(number of columns, rows) of one SELECT on the read-only file DATABASE; QueryFailed if it has no result."""
-    address = f"{Path(database).resolve().as_uri()}?mode=ro&immutable=1"
+    address, began = f"{Path(database).resolve().as_uri()}?mode=ro&immutable=1", time.monotonic()
     try:
         with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None)) as connection:
             restrict(connection, seconds)
@@ -69,6 +69,8 @@ def run_query(query, database, seconds, max_rows=MAX_ROWS):
                     raise QueryFailed("the result is too large")
             return len(cursor.description), rows
     except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:  # ValueError: NUL, lone surrogates
+        if str(error) == "interrupted" and time.monotonic() < began + seconds:  # by Ctrl-C, which sqlite3 hides
+            raise KeyboardInterrupt from None
         raise QueryFailed(str(error) or type(error).__name__) from error
 
 

@@ -306,6 +306,7 @@ class Opened:
 
     model: LLMJEPA
     tokenizer: data.Tokenizer
+    stops: set  # ids that end an answer: the template's, and those that the model itself has been given
     layout: dict  # how training laid out the views; empty for a Hugging Face folder
     seed: int | None  # of training
     data: str | None  # what it was trained on
@@ -336,12 +337,16 @@ def open_model(path, device, tokenizer=None):
         seed, trained_on = arguments.get("seed"), arguments["data"]
         if folder is None:
             raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
-        own = arguments["tokenizer"] == arguments["init"] and (folder / "tokenizer.json").exists()
+        best = folder.name.startswith("best") and arguments["tokenizer"] not in data.TOKENIZERS  # has that of training
+        own = (folder / "tokenizer.json").exists() and (best or arguments["tokenizer"] == arguments["init"])
         name = str(folder) if own else arguments["tokenizer"]
         layout = {"layout": arguments["layout"]} | {key: bool(arguments.get(key)) for key in ("front_pred", "reverse")}
-    files, name = model_files(folder), tokenizer or name
-    if (folder / "adapter_config.json").exists():
-        files += model_files(weights.fetch(lora.base_of(folder)))
+    files, name, home = model_files(folder), tokenizer or name, folder  # home: of config.json
+    if (folder / lora.CONFIG).exists():
+        home = Path(weights.fetch(lora.base_of(folder)))
+        files += model_files(home)
+        if name == str(path) and not (folder / "tokenizer.json").exists():
+            name = str(home)
     before = [file.stat() for file in files]
     model, stamp = load_model(folder), f"{digest(*files)[:16]} {tokenizer_digest(name)[:16]}"
     if any(not os.path.samestat(file.stat(), known) for file, known in zip(files, before, strict=True)):
@@ -350,4 +355,6 @@ def open_model(path, device, tokenizer=None):
         raise UserError(f"{folder}: its weights are not finite, so it has no answers; evaluate another checkpoint")
     opened = hf.tokenizer(name)
     weights.check_tokenizer(opened, model.decoder)
-    return Opened(model.to(device).eval(), opened, layout, seed, trained_on, stamp)
+    own = name in (str(folder), os.path.abspath(folder), str(home))
+    stops = {opened.stop, *(weights.ends(home, read_json(home / "config.json")) if own else [])}
+    return Opened(model.to(device).eval(), opened, stops, layout, seed, trained_on, stamp)

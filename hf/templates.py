@@ -82,6 +82,9 @@ def functions(folder):
         stop = next(iter(control.findall(frame[-1])), None)
         if any(token not in printed for token in control.findall("".join(frame))):
             printed = "".join(names)  # it puts names together: "<|" + role + "|>"
+        bos = special.get("bos_token")
+        if bos and bos in frame[0] and bos not in names:
+            raise UserError(f"{folder}/tokenizer.json: the chat template's bos_token {bos} is none of its added tokens")
     if stop not in names:
         raise UserError(f"{folder}: nothing ends an answer: " + (
             "neither tokenizer_config.json nor config.json names an eos_token that tokenizer.json has"

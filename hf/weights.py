@@ -104,11 +104,16 @@ def end_answers(folder, fields, stop):
     path = folder / GENERATION
     own = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with contextlib.suppress(UserError):  # a file that is no JSON stays as it is
-        settings = read_json(path) if path.exists() else own
-        eos = settings.get("eos_token_id", own["eos_token_id"])
-        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if stop not in ends:
-            write_json(path, settings | {"eos_token_id": [stop, *ends]})
+        settings, known = read_json(path) if path.exists() else own, ends(folder, fields)
+        if stop not in known:
+            write_json(path, settings | {"eos_token_id": [stop, *known]})
+
+
+def ends(folder, fields):
+    """The ids at which `generate` of transformers ends, by generation_config.json or by the fields of config.json."""
+    path = Path(folder, GENERATION)
+    eos = (read_json(path) if path.exists() else fields).get("eos_token_id", fields.get("eos_token_id"))
+    return [number for number in (eos if isinstance(eos, list) else [eos]) if isinstance(number, int)]
 
 
 def fetch(name, model=True):

@@ -23,7 +23,7 @@ import data
 import eval as eval_script
 import hf
 from evaluation import answers, ask, generate, regexes, report, statistics, tasks
-from hf import runs
+from hf import lora, runs
 from jepa import mask
 from support import cli, processes
 
@@ -774,12 +774,34 @@ def test_weights_that_are_not_finite_are_told_of_at_once(trained, rows, tmp_path
 # ---- mistakes
 
 
+def test_the_models_own_end_of_text_ends_an_answer_too(rows, tmp_path):
+    """Base models with a chat template: Qwen2.5's ends answers with <|im_end|>, the model itself with <|endoftext|>."""
+    model = Path(shutil.copytree(ORACLE, tmp_path / "model"))
+    call(model, "--data", rows, "--limit", "4", "--max_new_tokens", "6", "--out", tmp_path / "before")
+    before = runs.open_model(model, "cpu")
+    first = before.tokenizer.encode(lines(tmp_path / "before/predictions.jsonl")[0]["output"])[0]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, "junk"]}))
+    assert runs.open_model(model, "cpu").stops == {before.tokenizer.stop, first}
+    assert runs.open_model(model, "cpu", "synth").stops == {hf.tokenizer("synth").stop}, "ids of another vocabulary"
+    call(model, "--data", rows, "--limit", "4", "--max_new_tokens", "6", "--out", tmp_path / "after")
+    assert lines(tmp_path / "after/predictions.jsonl")[0]["output"] == ""
+
+
+def test_adapters_without_a_tokenizer_take_that_of_their_base(tmp_path):
+    """PEFT saves none."""
+    adapted = runs.weights.load(ORACLE)
+    lora.add(adapted, 2)
+    lora.save(adapted, tmp_path / "adapters", ORACLE)
+    assert runs.open_model(tmp_path / "adapters", "cpu").tokenizer.name == str(ORACLE)
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (["--limit", "0"], "--limit 0"),
     (["--temperature", "-1"], "--temperature -1"),
     (["--temperature", "nan"], "--temperature nan"),
     (["--top_p", "0"], "--top_p 0"),
     (["--top_p", "0.5"], "needs a --temperature"),
+    (["--temperature", "1", "--task", "hellaswag"], "nothing is sampled"),
     (["--seed", "-1"], "--seed -1"),
     (["--limit", "3"], "at least 4"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),

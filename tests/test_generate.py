@@ -55,6 +55,9 @@ def test_batched_and_cached_equals_naive(decoder):
     expected = [naive(decoder, p, stop, 12) for p in ragged]
     assert len({len(ids) for ids, _ in expected}) > 1, "the rows must end at different times"
     assert decode(decoder, ragged, stop, 12) == expected
+    both = {stop, free[0][3]}  # of several, the first that is met
+    cut = [next((i for i, token in enumerate(ids) if token in both), 12) for ids in free]
+    assert decode(decoder, ragged, both, 12) == [(ids[:end], end < 12) for ids, end in zip(free, cut, strict=True)]
 
 
 def test_a_shared_beginning_is_computed_once(decoder):

@@ -3,9 +3,11 @@
 import doctest
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -180,6 +182,15 @@ print(json.dumps([right, int(status.split("VmHWM:")[1].split()[0])]))
 def test_each_bound_stops_what_it_is_there_for(shop, query, reason):
     with pytest.raises(sql.QueryFailed, match=reason):
         sql.run_query(query, shop, seconds=0.1)
+
+
+def test_ctrl_c_ends_the_command_and_not_the_query_alone(shop):
+    """sqlite3 takes what is raised in its progress handler, by the signal too, for a limit."""
+    timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        sql.run_query(f"{NUMBERS} SELECT count(*) FROM n", shop, seconds=30)
+    timer.join()
 
 
 def test_large_sorts_stay_out_of_the_temporary_folder(shop):

@@ -650,3 +650,14 @@ def test_ctrl_c_does_not_end_it(made):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(child, number)
     assert tokenizer.decode(tokenizer.encode("a dog")) == "a dog"
+
+
+def test_a_template_whose_bos_the_tokenizer_takes_for_text_is_refused(made):
+    """It stands in the vocabulary, but is no added token: the row would begin with "<", "s", ">"."""
+    def forget(spec):
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<s>"]
+
+    folder = altered(made("byte-level", "{{ bos_token }}" + CHATML), lambda spec: None)
+    hf.tokenizer(folder)
+    with pytest.raises(UserError, match="bos_token <s> is none of its added tokens"):
+        hf.tokenizer(altered(folder, forget))

@@ -557,11 +557,13 @@ def test_a_checkpoint_is_due_every_so_many_minutes(toy, tmp_path, monkeypatch):
 
 
 def test_a_fine_tuned_run_brings_its_tokenizer(toy, tmp_path):
-    """It can be evaluated after the model that it began with is gone."""
+    """It can be evaluated after the folder that it had it from is gone."""
     base = Path(shutil.copytree(MODEL, tmp_path / "base"))
     inside("--out", tmp_path / "run", *toy, "--init", base, "--max_steps", "1", "--lam", "0")
+    inside("--out", tmp_path / "other", *toy, "--init", MODEL, "--tokenizer", base, "--max_steps", "1", "--lam", "0")
     shutil.rmtree(base)
-    assert runs.open_model(tmp_path / "run", "cpu").tokenizer.name == str(tmp_path / "run/best")
+    for run in (tmp_path / "run", tmp_path / "other"):
+        assert runs.open_model(run, "cpu").tokenizer.name == str(run / "best")
 
 
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(toy, tmp_path, refused):
