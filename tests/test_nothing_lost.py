@@ -397,9 +397,9 @@ def test_too_little_memory_is_one_line(capsys, failure):
     assert code == 2 and "out of memory" in line
 
 
-def test_a_machine_without_a_compiler_is_one_line(tmp_path):
+def test_a_machine_without_a_compiler_is_one_line():
     """In a process of its own: torch's compiler starts others, and test_kills forks this one."""
-    code = ("import torch, torch._inductor.config as config; from support import cli; config.cpp.cxx = None, 'nothing'; "
+    code = ("import torch, torch._inductor.config as config; from support import cli; config.cpp.cxx = None, 'none'; "
             "config.force_disable_caches = True; cli.run(lambda: torch.compile(torch.sin)(torch.ones(3)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and "error: --compile needs a C++ compiler" in done.stderr
