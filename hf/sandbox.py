@@ -50,7 +50,8 @@ def start(module, path, size):
             raise UserError(complaint)
         return value
 
-    weakref.finalize(ask, lambda: (child.kill(), child.communicate()))
+    owner = os.getpid()  # a fork of this process would wait for a child that is not its own
+    weakref.finalize(ask, lambda: os.getpid() == owner and (child.kill(), child.communicate()))
     return ask
 
 

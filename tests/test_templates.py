@@ -661,3 +661,22 @@ def test_a_template_whose_bos_the_tokenizer_takes_for_text_is_refused(made):
     hf.tokenizer(folder)
     with pytest.raises(UserError, match="bos_token <s> is none of its added tokens"):
         hf.tokenizer(altered(folder, forget))
+
+
+def test_a_forked_process_leaves_the_other_one_alone(made):
+    """As in test_kills, which forks a process that may hold tokenizers."""
+    tokenizer = hf.tokenizer(made("byte-level", CHATML))
+    child = os.fork()
+    if child == 0:
+        del tokenizer
+        gc.collect()
+        os._exit(0)
+    for _ in range(100):
+        if (ended := os.waitpid(child, os.WNOHANG))[0]:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("it waits for a process that is not its child")
+    assert ended[1] == 0 and tokenizer.encode("a")
