@@ -84,7 +84,7 @@ def run(main):
         where = f"{failure.filename}: " if failure.filename else ""
         sys.exit(_say(f"error: {where}{failure.strerror or failure}; give a file that can be used", 2))
     except (MemoryError, RuntimeError) as failure:
-        if re.search("InvalidCxxCompiler|working triton|Failed to find C compiler", str(failure)):
+        if re.search(r"working C\+\+ compiler|working triton|find C compiler", str(failure)):
             sys.exit(_say("error: --compile needs a C++ compiler, or triton on a GPU; install it, or leave it out", 2))
         if isinstance(failure, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(failure)):
             raise

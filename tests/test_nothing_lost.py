@@ -397,12 +397,16 @@ def test_too_little_memory_is_one_line(capsys, failure):
     assert code == 2 and "out of memory" in line
 
 
-def test_a_machine_without_a_compiler_is_one_line():
-    """In a process of its own: torch's compiler starts others, and test_kills forks this one."""
-    code = ("import torch, torch._inductor.config as config; from support import cli; config.cpp.cxx = None, 'none'; "
-            "config.force_disable_caches = True; cli.run(lambda: torch.compile(torch.sin)(torch.ones(3)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2 and "error: --compile needs a C++ compiler" in done.stderr
+@pytest.mark.parametrize("missing", ["InvalidCxxCompiler", "TritonMissing"])
+def test_a_machine_without_a_compiler_is_one_line(capsys, missing):
+    """By torch's own words. (To compile here would start processes and threads, and test_kills forks this one.)"""
+    from torch._inductor import exc
+
+    def main():
+        raise getattr(exc, missing)(*[None] * (missing == "TritonMissing"))
+
+    code, line = ended(main, capsys)
+    assert code == 2 and "--compile needs a C++ compiler" in line
 
 
 def test_other_faults_of_the_device_are_not_taken_for_it():
