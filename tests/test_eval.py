@@ -254,7 +254,8 @@ def test_a_base_without_pred_is_encoded_as_the_run_is(rows, tmp_path):
     inside("--out", tmp_path / "run", "--data", rows, *SMALL, "--layout", "paper", "--max_steps", "1")
     base = Path(shutil.copytree(tmp_path / "run/best", tmp_path / "base"))
     (base / "pred.safetensors").unlink()
-    call(tmp_path / "run", "--data", rows, "--base", base, "--tokenizer", "synth", "--max_new_tokens", "1")
+    few = ["--data", rows, "--limit", "6", "--max_new_tokens", "1"]
+    call(tmp_path / "run", *few, "--base", base, "--tokenizer", "synth")
     after, before = (metrics(tmp_path / "run")[name] for name in ("representation", "representation_before"))
     assert before["effective_rank_text"] == pytest.approx(after["effective_rank_text"], abs=1e-4)
 
@@ -596,6 +597,7 @@ def test_bfloat16_is_of_generation_alone(trained, rows, tmp_path, monkeypatch):
 
 def test_answers_of_another_setting_are_not_taken_over(trained, rows, tmp_path, monkeypatch):
     asked, sampler, calls = [], generate.sampler, counted(monkeypatch)
+    monkeypatch.setattr(report, "write_model", lambda *_, **about: None)  # pictures take most of the time
     monkeypatch.setattr(generate, "sampler", lambda *words: asked.append(words[:3]) or sampler(*words))
     flags = [trained[0], "--data", rows, "--limit", "4", "--max_new_tokens", "1", "--out", tmp_path,
              "--temperature", "0.5", "--top_p", "0.25", "--seed", "9", "--dtype", "float32"]
