@@ -154,7 +154,7 @@ def check(args):
         (pred_moved and args.k == 0, "--front_pred and --reverse move [PRED], and --k 0 has none; give --k 1 or more"),
         (args.front_pred and args.layout == "fused", "--front_pred lets a fused answer see [PRED]; add --layout paper"),
         (args.lora_rank and tiny, "--lora_rank adapts a pretrained model; give --init a folder or repo id"),
-        (not args.lora_rank and (args.lora_alpha or args.lora_dropout), "--lora_alpha and _dropout need --lora_rank"),
+        (not args.lora_rank and (args.lora_alpha or args.lora_dropout), "--lora_alpha, --lora_dropout: need --lora_rank"),
         (args.shard and (WORLD == 1 or args.lora_rank),
          "--shard divides a whole model among processes; start it with torchrun, without --lora_rank"),
     ):
@@ -186,9 +186,9 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # optimizer steps done
     total: int = 0  # of this run
-    bad: tuple = (0, 0)  # steps that were not taken when the run was saved: in a row up to then, and in all
-    failures: torch.Tensor = None  # the first of these now; on the device, like the gradient
-    skipped: torch.Tensor = None  # the second
+    bad: tuple = (0, 0)  # what the next two were when the run was saved
+    failures: torch.Tensor = None  # steps in a row that were not taken; on the device, like the gradient
+    skipped: torch.Tensor = None  # all steps that were not taken
     validations: list = None  # what the log says of them
     saved_at: float = 0.0  # seconds, of time.monotonic
 
@@ -229,7 +229,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    # these choose a kernel for each width: so few widths, and aligned ones
+    # GPUs, and CPUs in bfloat16, have kernels chosen or made for each width: so few widths, and aligned ones
     multiple = 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     nothing = {name: getattr(batch, name)[:0] for name in ("label_at", "label", "text_at", "code_at")}

@@ -3,7 +3,7 @@
     config.json      every setting, how many rows it trains on, sha256 of all files it depends on, versions
     log.jsonl        one object per logged step, and one per validation
     checkpoint/      where training stands: a Hugging Face folder of the decoder, pred.safetensors ([PRED] vectors),
-                     training.pt (optimizer, random states, step; opened with weights_only: it cannot run code)
+                     training.pt (optimizer, random states, steps; opened with weights_only: it cannot run code)
     best/            a Hugging Face folder and pred.safetensors: the weights that validation chose; eval.py opens them
 
 Under LoRA, checkpoint/ holds the adapters in PEFT's format; best/ is merged. A folder is written under another name
