@@ -154,7 +154,7 @@ def check(args):
         (pred_moved and args.k == 0, "--front_pred and --reverse move [PRED], and --k 0 has none; give --k 1 or more"),
         (args.front_pred and args.layout == "fused", "--front_pred lets a fused answer see [PRED]; add --layout paper"),
         (args.lora_rank and tiny, "--lora_rank adapts a pretrained model; give --init a folder or repo id"),
-        (not args.lora_rank and (args.lora_alpha or args.lora_dropout), "--lora_alpha, --lora_dropout: need --lora_rank"),
+        (not args.lora_rank and (args.lora_alpha or args.lora_dropout), "--lora_alpha/--lora_dropout need --lora_rank"),
         (args.shard and (WORLD == 1 or args.lora_rank),
          "--shard divides a whole model among processes; start it with torchrun, without --lora_rank"),
     ):
