@@ -300,8 +300,8 @@ def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=Fa
         code_at.append((number, code_column))
 
     width = math.ceil(max(map(len, made)) / multiple) * multiple
-    columns = torch.tensor([row + [(0, PAD, 0)] * (width - len(row)) for row in made])  # (B, T, 3)
-    ids, segment, position = columns.permute(2, 0, 1).contiguous()  # (B, T) each
+    columns = np.array([row + [(0, PAD, 0)] * (width - len(row)) for row in made])  # (B, T, 3); quicker than torch
+    ids, segment, position = torch.from_numpy(columns).long().permute(2, 0, 1).contiguous()  # (B, T) each
     places = lambda pairs: torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)  # noqa: E731
     label = torch.tensor(label, dtype=torch.long)
     return Batch(ids, segment, position, places(label_at), label, places(text_at), places(code_at))

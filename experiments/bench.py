@@ -5,7 +5,7 @@
 
 Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns with each other and with a large matrix product,
 whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are those of the
-formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each.
+formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is a fresh process's, on GPUs torch's.
 """
 
 import copy
@@ -123,15 +123,14 @@ def take_turns(forms, rounds, device, warm_up=2):
     return seconds
 
 
-def time_steps(forms, config, steps, device):
+def time_steps(forms, config, steps, device, dtypes=tuple(MULTIPLE)):
     """What was found about each of {name: Form} in each dtype, as a list of dicts. ceiling: FLOP/s of the product."""
-    dtypes, size = ["float32", "bfloat16"], 8192 if device.type == "cuda" else 2048
+    size, turns, found = 8192 if device.type == "cuda" else 2048, {}, []
     if not has_bfloat16(device):
-        dtypes.pop()
+        dtypes = ["float32"]
         print(f"bfloat16 is left out: this {device.type} is not faster in it", file=sys.stderr)
-    turns, found = {}, []
     for dtype in dtypes:
-        matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+        matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))  # a GPU multiplies ones faster
         turns["ceiling", dtype] = lambda number, matrix=matrix: matrix @ matrix
         turns |= {(name, dtype): partial(train_step, form, device, dtype) for name, form in forms.items()}
     seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
@@ -167,7 +166,7 @@ def peak_memory():
 
 
 def memory_of_steps(make_forms, args, name, dtype):
-    """MiB that two steps of a form take, with model, optimizer and compiling; on the CPU beyond what libraries take."""
+    """MiB that two steps of a form take, with model, optimizer and compiling, beyond what libraries take."""
     libraries = ["torch._dynamo", "tiktoken"] + ["torch._inductor.compile_fx"] * name.endswith("compiled")
     for library in libraries + ["transformers.models.llama.modeling_llama"] * name.startswith("HF"):
         importlib.import_module(library)
@@ -175,7 +174,18 @@ def memory_of_steps(make_forms, args, name, dtype):
     form = make_forms(args, name)[name]
     for number in range(2):
         train_step(form, device, dtype, number)
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory() - before
+    return peak_memory() - before
+
+
+def memory_on_gpu(form, device, dtype):
+    """The same of torch's own count there, which leaves nothing of libraries or of other forms to be told apart."""
+    tensors = [p for group in form.optimizer.param_groups for p in group["params"]]
+    tensors += [moment for p in list(tensors) for moment in form.optimizer.state[p].values()]
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in tensors)
+    for number in range(2):
+        train_step(form, device, dtype, number)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def in_fresh_process(function, *arguments):
@@ -263,6 +273,7 @@ def flags(doc, **defaults):
     add("--decode_batch", type=count, default=128, help="prompts per batch of batched decoding")
     add("--decode_rows", type=count, default=1024, help="rows that are decoded in batches")
     add("--new_tokens", type=count, default=32, help="budget of an answer")
+    add("--dtype", nargs="+", choices=MULTIPLE, default=[*MULTIPLE], help="types in which steps are timed")
     add("--compile", action="store_true", help="time the blocks under torch.compile, too")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--json", type=Path, metavar="FILE", help="write what was found there, too")
@@ -305,11 +316,13 @@ def measure(args, model, forms, make_forms, decoding, **more):
     command = shlex.join(["python", "-m", f"experiments.{Path(words[0]).stem}", *words[1:]])
     about = (f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.data.name}, batch {args.batch_size}, "
              f"k = {args.k}, {device.type}, {torch.get_num_threads()} threads")
-    steps = time_steps(forms, model.decoder.config, args.steps, device)
+    steps = time_steps(forms, model.decoder.config, args.steps, device, args.dtype)
     for row in steps:
-        row["mib"] = in_fresh_process(memory_of_steps, make_forms, args, row["form"], row["dtype"])
-        if row["form"] == "LLM-JEPA, fused":
-            row["profile"] = profile(forms[row["form"]], device, row["dtype"])
+        name, dtype = row["form"], row["dtype"]
+        row["mib"] = (memory_on_gpu(forms[name], device, dtype) if device.type == "cuda" else
+                      in_fresh_process(memory_of_steps, make_forms, args, name, dtype))
+        if name == "LLM-JEPA, fused":
+            row["profile"] = profile(forms[name], device, dtype)
     found = {"command": command, "about": about, "batch_size": args.batch_size, **more, "machine": machine(),
              "steps": steps, "decoding": decoding}
     print("\n".join(tables(found)))
