@@ -4,16 +4,19 @@ third of the steps that it needs with AdamW (experiments/README.md). Why not tor
 
 import torch
 
+AT_ONCE = 2**22  # numbers in a stack of matrices: many small ones in few calls, large ones by themselves
 
-def orthogonal(matrix):  # (n, m) -> (n, m)
-    """The matrix with singular values from 0.002 of its norm on brought to 0.68 to 1.2, smaller ones times 485. No
+
+def orthogonal(stack):  # (N, n, m) -> (N, n, m)
+    """The matrices with singular values from 0.002 of their norm on brought to 0.68 to 1.2, smaller ones times 485. No
     decomposition: five Newton-Schulz steps, each of which makes 3.4445 s - 4.775 s^3 + 2.0315 s^5 of a value s."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # so that the product below is the smaller one
-    x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
+    tall = stack.shape[1] > stack.shape[2]
+    x = stack.mT if tall else stack  # so that the product below is the smaller one
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
@@ -28,19 +31,26 @@ class Muon(torch.optim.AdamW):
         loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
+            alike = {}
             for matrix in group["params"] if group.get("muon") else ():
                 if matrix.grad is not None:
-                    self.move(matrix, group["lr"], group["weight_decay"])
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in alike.items():
+                many = max(1, AT_ONCE // shape.numel())
+                for start in range(0, len(matrices), many):
+                    self.move(matrices[start : start + many], group["lr"], group["weight_decay"])
         return loss
 
-    def move(self, matrix, lr, weight_decay):
-        """Change a matrix and its momentum in place."""
-        if not self.state[matrix]:  # torch's loader wants "step", which is not used, and hf/runs.py "exp_avg"
-            self.state[matrix] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
-        before = self.state[matrix]["exp_avg"]
-        momentum = before.lerp(matrix.grad, 0.05)
-        ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's
-        if hasattr(ahead, "full_tensor"):  # a part of a sharded matrix; the singular values are those of the whole
+    def move(self, matrices, lr, weight_decay):
+        """Change matrices of one shape, and their momentum, in place."""
+        for matrix in matrices:
+            if not self.state[matrix]:  # torch's loader wants "step", which is not used, and hf/runs.py "exp_avg"
+                self.state[matrix] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
+        kept = [self.state[matrix]["exp_avg"] for matrix in matrices]
+        before, grad, weight = (torch.stack(each) for each in (kept, [matrix.grad for matrix in matrices], matrices))
+        momentum = before.lerp(grad, 0.05)
+        ahead = grad.lerp(momentum, 0.95)  # Nesterov's
+        if hasattr(ahead, "full_tensor"):  # parts of sharded matrices; the singular values are those of the whole
             from torch.distributed.tensor import DTensor, Replicate
 
             whole = orthogonal(ahead.full_tensor())  # in every process: so each keeps its part, and nothing is sent
@@ -48,7 +58,8 @@ class Muon(torch.optim.AdamW):
             direction = whole.redistribute(placements=ahead.placements)
         else:
             direction = orthogonal(ahead)
-        after = matrix * (1 - lr * weight_decay) - 0.2 * max(matrix.shape) ** 0.5 * lr * direction
-        skip = getattr(self, "found_inf", torch.zeros((), device=matrix.device)) > 0
-        before.copy_(torch.where(skip, before, momentum))
-        matrix.copy_(torch.where(skip, matrix, after))
+        after = weight * (1 - lr * weight_decay) - 0.2 * max(matrices[0].shape) ** 0.5 * lr * direction
+        skip = getattr(self, "found_inf", torch.zeros((), device=matrices[0].device)) > 0
+        for old, new in ((kept, torch.where(skip, before, momentum)), (matrices, torch.where(skip, weight, after))):
+            for one, moved in zip(old, new.unbind(), strict=True):
+                one.copy_(moved)

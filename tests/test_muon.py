@@ -8,6 +8,7 @@ from conftest import toy_decoder
 from torch.testing import assert_close
 
 from jepa import LLMJEPA
+from support import muon
 from support.muon import Muon, orthogonal
 from train import make_optimizer
 
@@ -23,32 +24,39 @@ def expected(matrix):
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5), (1, 7)])
 def test_orthogonal_changes_the_singular_values_alone(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert_close(orthogonal(matrix).double(), expected(matrix), atol=1e-5, rtol=1e-5)
-    singular = torch.linalg.svdvals(orthogonal(matrix))
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    assert_close(orthogonal(stack).double(), torch.stack([*map(expected, stack)]), atol=1e-5, rtol=1e-5)
+    singular = torch.linalg.svdvals(orthogonal(stack))
     assert (singular > 0.5).all() and (singular < 1.25).all()
-    assert_close(orthogonal(1e4 * matrix), orthogonal(matrix), atol=1e-5, rtol=1e-5)
-    assert orthogonal(torch.zeros(shape)).eq(0).all()
+    sizes = torch.tensor([1e4, 1.0, 1e-4])[:, None, None]  # each by its own norm
+    assert_close(orthogonal(sizes * stack), orthogonal(stack), atol=1e-5, rtol=1e-5)
+    assert orthogonal(torch.zeros_like(stack)).eq(0).all()
 
 
-def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw():
+@pytest.mark.parametrize("at_once", [2**22, 120, 1])
+def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw(monkeypatch, at_once):
+    """Three matrices of one shape and one of another, in as many stacks as their size asks for."""
+    monkeypatch.setattr(muon, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
-    hidden, other, plain = (torch.randn(6, 9, generator=generator).requires_grad_() for _ in range(3))
-    with torch.no_grad():
-        plain.copy_(other)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    hidden = [draw(*shape).requires_grad_() for shape in ((6, 9), (6, 9), (9, 6), (6, 9))]
+    other = draw(6, 9).requires_grad_()
+    plain = other.detach().clone().requires_grad_()
     how = {"lr": 0.1, "betas": (0.9, 0.95)}
-    optimizer = Muon([{"params": [other]}, {"params": [hidden], "weight_decay": 0.3, "muon": True}], **how)
+    optimizer = Muon([{"params": [other]}, {"params": hidden, "weight_decay": 0.3, "muon": True}], **how)
     reference = torch.optim.AdamW([plain], **how)
-    weight, momentum = hidden.detach().double(), torch.zeros(6, 9, dtype=torch.float64)
+    weights, momenta = [matrix.detach().double() for matrix in hidden], [0.0] * 4
     for _ in range(3):
-        hidden.grad = torch.randn(6, 9, generator=generator)
-        other.grad = plain.grad = torch.randn(6, 9, generator=generator)
+        other.grad = plain.grad = draw(6, 9)
+        for matrix in hidden:
+            matrix.grad = draw(*matrix.shape)
         optimizer.step()
         reference.step()
-        momentum = 0.95 * momentum + 0.05 * hidden.grad
-        ahead = 0.05 * hidden.grad + 0.95 * momentum
-        weight = weight * (1 - 0.1 * 0.3) - 0.1 * 0.2 * 3 * expected(ahead)
-        assert_close(hidden.detach().double(), weight, atol=1e-5, rtol=1e-5)
+        for i, matrix in enumerate(hidden):
+            momenta[i] = 0.95 * momenta[i] + 0.05 * matrix.grad
+            ahead = 0.05 * matrix.grad + 0.95 * momenta[i]
+            weights[i] = weights[i] * (1 - 0.1 * 0.3) - 0.1 * 0.2 * 3 * expected(ahead)
+            assert_close(matrix.detach().double(), weights[i], atol=1e-5, rtol=1e-5)
         assert_close(other, plain, atol=0, rtol=0)
 
 
