@@ -163,8 +163,6 @@ IN_BATCH = {"infonce", "uniform"}  # these compare the examples of a forward pas
 
 # ---- the model and its loss
 
-LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32
-
 
 class Losses(NamedTuple):
     total: torch.Tensor  # gamma * lm + lam * jepa
@@ -184,6 +182,8 @@ class LLMJEPA(nn.Module):
         self.decoder = decoder
         self.gather = None  # of several processes: (N, C) of this one -> those of all, with gradient
         table = decoder.embed.weight.detach().float()  # (V, C)
+        # Logits of so many: 64 MiB in fp32, or as many as the output matrix has; each part makes a gradient of that.
+        self.labels_at_once = max(2**24 // table.shape[0], table.shape[1])
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
     def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
@@ -238,10 +238,9 @@ class LLMJEPA(nn.Module):
         def of_part(states, label):
             return F.cross_entropy(self.decoder.logits(states).float(), label, reduction="sum")
 
-        at_once = max(1, LOGITS_AT_ONCE // self.decoder.config.vocab_size)
-        if len(label) <= at_once:
+        if len(label) <= self.labels_at_once:
             return of_part(states, label)
-        parts = zip(states.split(at_once), label.split(at_once), strict=True)
+        parts = zip(states.split(self.labels_at_once), label.split(self.labels_at_once), strict=True)
         return torch.stack([checkpoint(of_part, *part, use_reentrant=False) for part in parts]).sum()
 
 

@@ -352,13 +352,13 @@ def test_stop_grad_keeps_the_gradient_out_of_one_view(decoder, examples):
         assert (got["pred"].abs().sum() > 0) == reached, name
 
 
-def test_logits_in_parts_change_nothing(decoder, examples, monkeypatch):
+def test_logits_in_parts_change_nothing(decoder, examples):
     """The chunked cross-entropy equals the plain one in loss and gradients."""
     model, batch = LLMJEPA(decoder, 1), data.collate(examples, 1)
     whole = model(batch, lam=2.0)
     wanted = backward(model, whole.total)
     for at_once in (1, 3, 5):
-        monkeypatch.setattr(jepa, "LOGITS_AT_ONCE", at_once * 50)  # the toy vocabulary has 50 tokens
+        model.labels_at_once = at_once
         parts = model(batch, lam=2.0)
         assert_close(tuple(parts), tuple(whole), rtol=1e-6, atol=1e-6)
         assert_close(backward(model, parts.total), wanted, rtol=1e-5, atol=1e-6)
@@ -384,7 +384,14 @@ def test_a_large_vocabulary_needs_no_tensor_of_all_labels_and_all_tokens():
     with Largest() as largest:
         LLMJEPA(decoder, 1)(data.collate([example, example], 1)).total.backward()
     labels = 2 * (length - 1)
-    assert 0 < largest.numbers <= jepa.LOGITS_AT_ONCE < labels * vocabulary / 5
+    assert 0 < largest.numbers <= 2**24 < labels * vocabulary / 5
+
+
+def test_a_part_of_the_logits_is_no_smaller_than_the_output_matrix():
+    """Or its gradients, one for each part, would be most of the work: Llama-3.2-1B's has 128,256 x 2,048 numbers."""
+    with torch.device("meta"):
+        assert LLMJEPA(Decoder(Config(128_256, 1, 1, 2048, 8)), 1).labels_at_once == 2048
+        assert LLMJEPA(Decoder(Config(512, 1, 1, 128, 8)), 1).labels_at_once == 2**24 // 512
 
 
 def test_python_jepa_py_shows_the_same_losses_from_one_pass_and_from_three():
@@ -417,8 +424,9 @@ def test_pred_vectors_start_within_the_cloud_of_embeddings():
 def test_logits_in_parts_are_made_again_and_not_kept(decoder, examples, monkeypatch):
     made, logits = [], decoder.logits
     monkeypatch.setattr(decoder, "logits", lambda states: made.append(len(states)) or logits(states))
-    monkeypatch.setattr(jepa, "LOGITS_AT_ONCE", 3 * 50)
-    LLMJEPA(decoder, 1)(data.collate(examples, 1)).total.backward()
+    model = LLMJEPA(decoder, 1)
+    model.labels_at_once = 3
+    model(data.collate(examples, 1)).total.backward()
     assert len(made) == 2 * math.ceil(data.count(examples)[0] / 3) and max(made) == 3
 
 
