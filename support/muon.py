@@ -31,14 +31,11 @@ class Muon(torch.optim.AdamW):
         loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
-            alike = {}
-            for matrix in group["params"] if group.get("muon") else ():
-                if matrix.grad is not None:
-                    alike.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in alike.items():
-                many = max(1, AT_ONCE // shape.numel())
-                for start in range(0, len(matrices), many):
-                    self.move(matrices[start : start + many], group["lr"], group["weight_decay"])
+            chosen = [p for p in group["params"] if p.grad is not None] if group.get("muon") else []
+            for shape in dict.fromkeys(p.shape for p in chosen):
+                alike, many = [p for p in chosen if p.shape == shape], max(1, AT_ONCE // shape.numel())
+                for start in range(0, len(alike), many):
+                    self.move(alike[start : start + many], group["lr"], group["weight_decay"])
         return loss
 
     def move(self, matrices, lr, weight_decay):
