@@ -32,6 +32,11 @@ def toy_decoder(style, vocab_size=50, seed=0, **changes):
     return decoder
 
 
+def pytest_collection_modifyitems(items):
+    """test_gpu.py comes last: a process that has used CUDA cannot use it after a fork, and test_kills.py forks."""
+    items.sort(key=lambda item: item.path.name == "test_gpu.py")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def on_cpus(request):
     """What runs inside this process computes where the processes do that tests start. test_gpu.py alone sees a GPU."""
