@@ -182,7 +182,7 @@ class LLMJEPA(nn.Module):
         self.decoder = decoder
         self.gather = None  # of several processes: (N, C) of this one -> those of all, with gradient
         table = decoder.embed.weight.detach().float()  # (V, C)
-        # Logits of so many: 64 MiB in fp32, or as many as the output matrix has; each part makes a gradient of that.
+        # Logits of these: 64 MiB in fp32, or as many as the output matrix has, a gradient of which each part makes.
         self.labels_at_once = max(2**24 // table.shape[0], table.shape[1])
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 

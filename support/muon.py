@@ -43,20 +43,19 @@ class Muon(torch.optim.AdamW):
         for matrix in matrices:
             if not self.state[matrix]:  # torch's loader wants "step", which is not used, and hf/runs.py "exp_avg"
                 self.state[matrix] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
-        kept = [self.state[matrix]["exp_avg"] for matrix in matrices]
-        before, grad, weight = (torch.stack(each) for each in (kept, [matrix.grad for matrix in matrices], matrices))
-        momentum = before.lerp(grad, 0.05)
-        ahead = grad.lerp(momentum, 0.95)  # Nesterov's
-        if hasattr(ahead, "full_tensor"):  # parts of sharded matrices; the singular values are those of the whole
+        before = [self.state[matrix]["exp_avg"] for matrix in matrices]
+        momentum = [old.lerp(matrix.grad, 0.05) for old, matrix in zip(before, matrices, strict=True)]
+        ahead = [matrix.grad.lerp(new, 0.95) for new, matrix in zip(momentum, matrices, strict=True)]  # Nesterov's
+        if hasattr(ahead[0], "full_tensor"):  # parts of sharded matrices; the singular values are those of the whole
             from torch.distributed.tensor import DTensor, Replicate
 
-            whole = orthogonal(ahead.full_tensor())  # in every process: so each keeps its part, and nothing is sent
-            whole = DTensor.from_local(whole, ahead.device_mesh, [Replicate()], run_check=False)
-            direction = whole.redistribute(placements=ahead.placements)
+            whole = orthogonal(torch.stack([part.full_tensor() for part in ahead]))  # in every process: nothing is sent
+            whole = (DTensor.from_local(each, ahead[0].device_mesh, [Replicate()], run_check=False) for each in whole)
+            directions = [each.redistribute(placements=ahead[0].placements) for each in whole]
         else:
-            direction = orthogonal(ahead)
-        after = weight * (1 - lr * weight_decay) - 0.2 * max(matrices[0].shape) ** 0.5 * lr * direction
+            directions = orthogonal(torch.stack(ahead))
         skip = getattr(self, "found_inf", torch.zeros((), device=matrices[0].device)) > 0
-        for old, new in ((kept, torch.where(skip, before, momentum)), (matrices, torch.where(skip, weight, after))):
-            for one, moved in zip(old, new.unbind(), strict=True):
-                one.copy_(moved)
+        for matrix, old, new, direction in zip(matrices, before, momentum, directions, strict=True):
+            after = matrix * (1 - lr * weight_decay) - 0.2 * max(matrix.shape) ** 0.5 * lr * direction
+            old.copy_(torch.where(skip, old, new))
+            matrix.copy_(torch.where(skip, matrix, after))
