@@ -182,8 +182,10 @@ class LLMJEPA(nn.Module):
         self.decoder = decoder
         self.gather = None  # of several processes: (N, C) of this one -> those of all, with gradient
         table = decoder.embed.weight.detach().float()  # (V, C)
-        # Logits of these: 64 MiB in fp32, or as many as the output matrix has, a gradient of which each part makes.
-        self.labels_at_once = max(2**24 // table.shape[0], table.shape[1])
+        # Logits are made for so many labels at a time. Each part makes a gradient of the output matrix, so it may take
+        # as much memory as that does in training: 16 bytes a number, 4 where it is frozen.
+        output = decoder.embed if decoder.config.tied else decoder.head
+        self.labels_at_once = max(2**24 // table.shape[0], table.shape[1] // (1 if output.weight.requires_grad else 4))
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
 
     def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):

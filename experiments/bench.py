@@ -5,7 +5,8 @@
 
 Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns with each other and with a large matrix product,
 whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are those of the
-formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is a fresh process's, on GPUs torch's.
+formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each;
+on a GPU, torch's own count.
 """
 
 import copy
@@ -127,12 +128,13 @@ def time_steps(forms, config, steps, device, dtypes=tuple(MULTIPLE)):
     """What was found about each of {name: Form} in each dtype, as a list of dicts. ceiling: FLOP/s of the product."""
     size, products = (8192, 10) if device.type == "cuda" else (2048, 1)  # a single one there is over too soon
     turns, found = {}, []
-    if not has_bfloat16(device):
+    if "bfloat16" in dtypes and not has_bfloat16(device):
         dtypes = ["float32"]
         print(f"bfloat16 is left out: this {device.type} is not faster in it", file=sys.stderr)
     for dtype in dtypes:
         matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))  # a GPU multiplies ones faster
-        turns["ceiling", dtype] = lambda number, matrix=matrix: [matrix @ matrix for _ in range(products)]
+        product = torch.empty_like(matrix)
+        turns["ceiling", dtype] = lambda _, a=matrix, b=product: [torch.mm(a, a, out=b) for _ in range(products)]
         turns |= {(name, dtype): partial(train_step, form, device, dtype) for name, form in forms.items()}
     seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
     for name, dtype in turns:
@@ -179,11 +181,11 @@ def memory_of_steps(make_forms, args, name, dtype):
 
 
 def memory_on_gpu(form, device, dtype):
-    """The same of torch's own count there, which leaves nothing of libraries or of other forms to be told apart."""
-    tensors = [p for group in form.optimizer.param_groups for p in group["params"]]
-    tensors += [moment for p in list(tensors) for moment in form.optimizer.state[p].values()]
+    """The same by torch's own count, which needs no fresh process: what else is on the device is subtracted."""
+    own = [tensor for group in form.optimizer.param_groups for p in group["params"]
+           for tensor in (p, *form.optimizer.state[p].values())]
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in tensors)
+    before = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in own)
     for number in range(2):
         train_step(form, device, dtype, number)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20

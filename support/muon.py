@@ -4,11 +4,11 @@ third of the steps that it needs with AdamW (experiments/README.md). Why not tor
 
 import torch
 
-AT_ONCE = 2**22  # numbers in a stack of matrices: many small ones in few calls, large ones by themselves
+AT_ONCE = 2**22  # a stack of matrices holds at most so many numbers; a larger matrix goes alone
 
 
 def orthogonal(stack):  # (N, n, m) -> (N, n, m)
-    """The matrices with singular values from 0.002 of their norm on brought to 0.68 to 1.2, smaller ones times 485. No
+    """Each matrix with singular values from 0.002 of its norm on brought to 0.68 to 1.2, smaller ones times 485. No
     decomposition: five Newton-Schulz steps, each of which makes 3.4445 s - 4.775 s^3 + 2.0315 s^5 of a value s."""
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack  # so that the product below is the smaller one
@@ -31,11 +31,14 @@ class Muon(torch.optim.AdamW):
         loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
-            chosen = [p for p in group["params"] if p.grad is not None] if group.get("muon") else []
-            for shape in dict.fromkeys(p.shape for p in chosen):
-                alike, many = [p for p in chosen if p.shape == shape], max(1, AT_ONCE // shape.numel())
-                for start in range(0, len(alike), many):
-                    self.move(alike[start : start + many], group["lr"], group["weight_decay"])
+            alike = {}
+            for matrix in group["params"] if group.get("muon") else ():
+                if matrix.grad is not None:
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in alike.items():
+                many = max(1, AT_ONCE // shape.numel())
+                for start in range(0, len(matrices), many):
+                    self.move(matrices[start : start + many], group["lr"], group["weight_decay"])
         return loss
 
     def move(self, matrices, lr, weight_decay):
@@ -49,9 +52,10 @@ class Muon(torch.optim.AdamW):
         if hasattr(ahead[0], "full_tensor"):  # parts of sharded matrices; the singular values are those of the whole
             from torch.distributed.tensor import DTensor, Replicate
 
-            whole = orthogonal(torch.stack([part.full_tensor() for part in ahead]))  # in every process: nothing is sent
-            whole = (DTensor.from_local(each, ahead[0].device_mesh, [Replicate()], run_check=False) for each in whole)
-            directions = [each.redistribute(placements=ahead[0].placements) for each in whole]
+            whole = orthogonal(torch.stack([part.full_tensor() for part in ahead]))  # the same in every process
+            mesh, places = ahead[0].device_mesh, ahead[0].placements
+            directions = [DTensor.from_local(each, mesh, [Replicate()], run_check=False).redistribute(placements=places)
+                          for each in whole]
         else:
             directions = orthogonal(torch.stack(ahead))
         skip = getattr(self, "found_inf", torch.zeros((), device=matrices[0].device)) > 0

@@ -152,6 +152,30 @@ def test_the_memory_of_a_step_is_taken_in_a_fresh_process():
     assert 13 < found < 200, "what libraries take does not count"
 
 
+def test_on_a_gpu_memory_is_torchs_own_count(examples, monkeypatch):
+    """300 MiB more than before; the form's weights and two moments were there before and are its own."""
+    counted = {"memory_allocated": lambda _: 1000 * 2**20, "max_memory_allocated": lambda _: 1300 * 2**20}
+    for name, function in (counted | {"reset_peak_memory_stats": lambda _: None}).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    model = LLMJEPA(toy_decoder("llama"), 2)
+    form = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))["LLM-JEPA, fused"]
+    bench.train_step(form, torch.device("cpu"), "float32", 0)
+    own = 3 * sum(p.nbytes for p in model.parameters()) + 4 * len(list(model.parameters()))  # and its steps' numbers
+    assert bench.memory_on_gpu(form, torch.device("cpu"), "float32") == 300 + own / 2**20
+
+
+def test_only_the_types_asked_for_are_timed(examples, monkeypatch, capsys):
+    model = LLMJEPA(toy_decoder("llama"), 2)
+    forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))
+    for fast, asked, timed in ((True, ["bfloat16"], {"bfloat16"}), (False, ["float32"], {"float32"}),
+                               (False, ["float32", "bfloat16"], {"float32"})):
+        monkeypatch.setattr(bench, "has_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(processes, "has_bfloat16", lambda device, fast=fast: fast)
+        rows = bench.time_steps(forms, model.decoder.config, 1, torch.device("cpu"), asked)
+        assert {row["dtype"] for row in rows} == timed
+        assert ("bfloat16 is left out" in capsys.readouterr().err) == (asked[-1] not in timed)
+
+
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     """Counts and shares, never a time."""
     file = tmp_path / "found.json"

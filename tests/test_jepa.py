@@ -387,10 +387,12 @@ def test_a_large_vocabulary_needs_no_tensor_of_all_labels_and_all_tokens():
     assert 0 < largest.numbers <= 2**24 < labels * vocabulary / 5
 
 
-def test_a_part_of_the_logits_is_no_smaller_than_the_output_matrix():
+def test_a_part_of_the_logits_takes_as_much_memory_as_the_output_matrix():
     """Or its gradients, one for each part, would be most of the work: Llama-3.2-1B's has 128,256 x 2,048 numbers."""
     with torch.device("meta"):
         assert LLMJEPA(Decoder(Config(128_256, 1, 1, 2048, 8)), 1).labels_at_once == 2048
+        assert LLMJEPA(Decoder(Config(128_256, 1, 1, 2048, 8)).requires_grad_(False), 1).labels_at_once == 512
+        assert LLMJEPA(Decoder(Config(128_256, 1, 1, 2048, 8, tied=False)), 1).labels_at_once == 2048
         assert LLMJEPA(Decoder(Config(512, 1, 1, 128, 8)), 1).labels_at_once == 2**24 // 512
 
 

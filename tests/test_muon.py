@@ -33,10 +33,12 @@ def test_orthogonal_changes_the_singular_values_alone(shape):
     assert orthogonal(torch.zeros_like(stack)).eq(0).all()
 
 
-@pytest.mark.parametrize("at_once", [2**22, 120, 1])
-def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw(monkeypatch, at_once):
+@pytest.mark.parametrize(("at_once", "sizes"), [(2**22, [3, 1]), (120, [2, 1, 1]), (1, [1, 1, 1, 1])])
+def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw(monkeypatch, at_once, sizes):
     """Three matrices of one shape and one of another, in as many stacks as their size asks for."""
+    stacks = []
     monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    monkeypatch.setattr(muon, "orthogonal", lambda stack: stacks.append(len(stack)) or orthogonal(stack))
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     hidden = [draw(*shape).requires_grad_() for shape in ((6, 9), (6, 9), (9, 6), (6, 9))]
@@ -58,6 +60,7 @@ def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw(monkeypatch, a
             weights[i] = weights[i] * (1 - 0.1 * 0.3) - 0.1 * 0.2 * 3 * expected(ahead)
             assert_close(matrix.detach().double(), weights[i], atol=1e-5, rtol=1e-5)
         assert_close(other, plain, atol=0, rtol=0)
+    assert stacks == 3 * sizes
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon from 2.9 on")
