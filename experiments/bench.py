@@ -45,6 +45,7 @@ KINDS = {  # what is timed: arguments of data.collate
     "LLM-JEPA, paper": {"layout": "paper"},
 }
 LAM = 2.0
+CEILING = {"cuda": (8192, 10)}  # size of the large product, and how many in a row: one alone is over too soon there
 MULTIPLE = {"float32": 1, "bfloat16": 8}  # rows are padded to one of these, in columns, as by train.py on a CPU
 
 
@@ -126,8 +127,7 @@ def take_turns(forms, rounds, device, warm_up=2):
 
 def time_steps(forms, config, steps, device, dtypes=tuple(MULTIPLE)):
     """What was found about each of {name: Form} in each dtype, as a list of dicts. ceiling: FLOP/s of the product."""
-    size, products = (8192, 10) if device.type == "cuda" else (2048, 1)  # a single one there is over too soon
-    turns, found = {}, []
+    (size, products), turns, found = CEILING.get(device.type, (2048, 1)), {}, []
     if "bfloat16" in dtypes and not has_bfloat16(device):
         dtypes = ["float32"]
         print(f"bfloat16 is left out: this {device.type} is not faster in it", file=sys.stderr)

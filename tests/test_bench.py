@@ -164,6 +164,19 @@ def test_on_a_gpu_memory_is_torchs_own_count(examples, monkeypatch):
     assert bench.memory_on_gpu(form, torch.device("cpu"), "float32") == 300 + own / 2**20
 
 
+def test_the_ceiling_is_that_of_as_many_products_as_were_made(examples, monkeypatch):
+    """Three products in two seconds."""
+    made, mm = [], torch.mm
+    monkeypatch.setitem(bench.CEILING, "cpu", (64, 3))
+    monkeypatch.setattr(torch, "mm", lambda *matrices, out: made.append(out.shape) or mm(*matrices, out=out))
+    monkeypatch.setattr(bench, "take_turns", lambda turns, *_: {
+        key: [2.0 if key[0] != "ceiling" or turns[key](0) else 0.0] for key in turns})
+    model = LLMJEPA(toy_decoder("llama"), 2)
+    forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))
+    rows = bench.time_steps(forms, model.decoder.config, 1, torch.device("cpu"), ["float32"])
+    assert made == [(64, 64)] * 3 and {row["ceiling"] for row in rows} == {3 * 2 * 64**3 / 2.0}
+
+
 def test_only_the_types_asked_for_are_timed(examples, monkeypatch, capsys):
     model = LLMJEPA(toy_decoder("llama"), 2)
     forms = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))
