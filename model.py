@@ -114,7 +114,7 @@ def rotate(x, cos, sin):
     permutation of q_proj's and k_proj's rows, so weights of one convention give nonsense under the other.
     """
     R, D = cos.shape[-1], x.shape[-1]
-    turned, rest = x.split([R, D - R], dim=-1)
+    turned, rest = x[..., :R], x[..., R:]
     turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin).type_as(x)  # roll: each one's partner
     return torch.cat([turned, rest], dim=-1) if R < D else turned
 

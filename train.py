@@ -332,8 +332,8 @@ def stop_if_failing(run, members):
 
 def log_step(run, bar, epoch, result, tokens, began):
     """One line of log.jsonl, and the losses beside the progress bar. tokens: so many since `began`."""
-    sums = torch.cat([result["sums"], result["sums"].new_tensor([tokens])])
-    total, lm, jepa, tokens = processes.summed(sums).tolist()  # waits for the device
+    own = [*result["sums"].tolist(), tokens]  # waits for the device
+    total, lm, jepa, tokens = map(sum, zip(*processes.all_of_them(own), strict=True))
     speed = round(tokens / (time.perf_counter() - began))
     if RANK == 0:
         runs.log(run.args.out, step=run.step, epoch=epoch + 1, lm=lm, jepa=jepa if result["jepa"] else None,

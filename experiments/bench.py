@@ -72,7 +72,8 @@ def our_forms(model, examples, args):
     collate, of_step = partial(data.collate, k=args.k), partial(rows_of, examples, size=args.batch_size)
     kinds = {kind: (model, how) for kind, how in KINDS.items()}
     if args.compile:
-        kinds["LLM-JEPA, fused, compiled"] = compiled(model), KINDS["LLM-JEPA, fused"]
+        quick = compiled(model)
+        kinds |= {f"{kind}, compiled": (quick, KINDS[kind]) for kind in ("plain fine-tuning", "LLM-JEPA, fused")}
     return {kind: Form(lambda number, how=how, **more: collate(of_step(number), **how, **more),
                        lambda batch, of=of: of(batch, lam=LAM).total, optimizer) for kind, (of, how) in kinds.items()}
 
@@ -154,8 +155,8 @@ def profile(form, device, dtype):
         for number in range(3):
             train_step(form, device, dtype, number)
     column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    calls = (event for event in seen.key_averages() if event.device_type.name == "CPU")  # with their kernels' times
-    spent = {event.key.removeprefix("aten::"): getattr(event, column) for event in calls}
+    spent = {event.key.removeprefix("aten::"): getattr(event, column) for event in seen.key_averages()  # of calls: with
+             if event.device_type.name == "CPU" and event.key != "Command Buffer Full"}  # their kernels; not of waiting
     shares = {name: time / sum(spent.values()) for name, time in sorted(spent.items(), key=lambda item: -item[1])}
     return {name: round(share, 3) for name, share in shares.items() if share >= 0.02}
 
@@ -339,11 +340,7 @@ def main():
     args = p.parse_args()
     model, examples, batches, stop = open_model(args)
     batched, device = partial(answers_of, model.decoder, stop, args), model.pred.device
-
-    def in_bfloat16(prompts):
-        with hardware(str(device), "bfloat16")[1]():
-            return batched(prompts)
-
+    in_bfloat16 = torch.autocast(device.type, torch.bfloat16)(batched)
     decoding, _ = time_decoding({
         "one by one, no cache": lambda prompts: [one_by_one(model.decoder, prompt, stop, args.new_tokens)
                                                  for prompt in prompts[: args.rows]],

@@ -146,13 +146,6 @@ class Gather(torch.autograd.Function):
         return gradient[ctx.own]
 
 
-def summed(values):
-    """Sums of a tensor over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def any_of(*wishes):
     """For each of these booleans: does any process say True?"""
     if WORLD == 1:

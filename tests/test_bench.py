@@ -115,7 +115,8 @@ def test_a_profile_counts_each_kernel_once(monkeypatch):
         return Namespace(key=key, device_type=Namespace(name=kind), self_device_time_total=time, self_cpu_time_total=1)
 
     seen = Namespace(key_averages=lambda: [event("aten::mm", "CPU", 60), event("aten::mul", "CPU", 40),
-                                           event("gemm", "CUDA", 60), event("vectorized", "CUDA", 40)])
+                                           event("gemm", "CUDA", 60), event("vectorized", "CUDA", 40),
+                                           event("Command Buffer Full", "CPU", 100)])  # waits for the GPU
     monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(seen))
     monkeypatch.setattr(bench, "train_step", lambda *_: None)
     assert bench.profile(None, torch.device("cuda"), "float32") == {"mm": 0.6, "mul": 0.4}
@@ -195,7 +196,13 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench", "--steps", "1", "--batch_size", "2", "--rows", "1", "--decode_batch", "4",
                                      "--decode_rows", "8", "--new_tokens", "3", "--device", "cpu", "--json", str(file)])
     monkeypatch.setattr(bench, "in_fresh_process", lambda function, *arguments: function(*arguments))  # this one: quick
+    for module in (bench, processes):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: True)
+    decode, types = bench.generate.decode, []
+    monkeypatch.setattr(bench.generate, "decode", lambda *given: [types.append(torch.is_autocast_enabled("cpu")),
+                                                                  *decode(*given)][1:])
     bench.main()
+    assert types[-1] and types.count(True) == 3  # a batch to warm up and two, at the end and in bfloat16 alone
     found = json.loads(file.read_text())
     assert capsys.readouterr().out == "\n".join(bench.tables(found)) + "\n"
     assert {row["form"] for row in found["steps"]} == set(bench.KINDS) and str(tmp_path) not in file.read_text()
@@ -203,8 +210,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
         assert row["seconds"] > 0 and row["flops"] > 1e6 and row["ceiling"] > 0 and row["mib"] >= 0
         assert 0 <= row["padding"] < 1
     same = [row["same_text"] for row in found["decoding"]]
-    in_bfloat16 = processes.has_bfloat16(torch.device("cpu"))  # whose rounding may change answers
-    assert same[:3] == [1, 1, 1] and len(same[3:]) == in_bfloat16
+    assert same[:3] == [1, 1, 1] and len(same) == 4  # the last in bfloat16, whose rounding may change answers
     profiles = [row["profile"] for row in found["steps"] if row["form"] == "LLM-JEPA, fused"]
     assert profiles and all(0.05 < shares["mm"] < sum(shares.values()) <= 1.001 for shares in profiles)
     assert found["machine"]["torch"] == torch.__version__

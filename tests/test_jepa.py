@@ -147,7 +147,10 @@ def test_rms_norm_of_cpus():
     torch.manual_seed(0)
     x = 1e-2 * torch.randn(3, 5, 8, dtype=torch.float64)  # small enough for eps to matter
     inputs = x.requires_grad_(), torch.randn(8, dtype=torch.float64, requires_grad=True)
-    assert_close(rms_norm(x, (8,), inputs[1], 1e-5), F.rms_norm(x, (8,), inputs[1], 1e-5), rtol=1e-12, atol=0)
+    trained = rms_norm(x, (8,), inputs[1], 1e-5)
+    assert_close(trained, F.rms_norm(x, (8,), inputs[1], 1e-5), rtol=1e-12, atol=0)
+    with torch.no_grad():  # by another way to the same bits
+        assert torch.equal(rms_norm(x, (8,), inputs[1], 1e-5), trained)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), inputs)
     strided = x.detach().transpose(0, 2).requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w.shape, w, 1e-5), strided)
