@@ -74,11 +74,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width, eps, plus_one=False):
         super().__init__()
-        self.eps, self.offset = eps, 1.0 if plus_one else 0.0
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+        self.eps, self.plus_one = eps, plus_one
+        self.weight = nn.Parameter(torch.full((width,), 0.0 if plus_one else 1.0))
 
     def forward(self, x):
-        weight = self.weight.float() + self.offset
+        weight = self.weight.float() + 1 if self.plus_one else self.weight.float()
         return self.formula(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 
