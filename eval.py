@@ -13,6 +13,7 @@ evaluation. Answers are kept in answers-*.jsonl, a file for each way of asking; 
 In this file: the flags, then one model from its folder to the verdict. Read next: `evaluation/README.md`.
 """
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,13 +86,17 @@ def check(args):
         raise UserError("--data is missing: a JSONL file of conversations to answer (or --ask a question)")
     args.guessed = args.task is None
     args.task = args.task or tasks.guess_task(args.data or "")
+    if args.ask is not None and args.task == "hellaswag":
+        args.task = "exact"  # a question that is asked is answered in words, not by the likeliest of the letters
     if args.temperature and (args.task == "hellaswag" or args.predictions):
         raise UserError("--temperature: nothing is sampled here; leave it out")
     if args.ask is None and args.task == "spider" and not (args.databases and args.databases.is_dir()):
-        raise UserError("--task spider executes queries: give --databases DIR, the folder of Spider's databases "
+        guessed = " (guessed from the name of --data)" * args.guessed
+        raise UserError(f"--task spider{guessed} executes queries: give --databases DIR, the folder of its databases "
                         "(python datasets/download.py spider --databases fetches them)")
     args.max_new_tokens = args.max_new_tokens or (BUDGET[args.task] if args.data else max(BUDGET.values()))
-    args.is_regex = bool(args.data) and args.task == "exact" and args.data.name.lower().startswith(("synth", "turk"))
+    regexes = args.data and re.match("(synth|turk)(?![a-z])", args.data.name.lower())
+    args.is_regex = bool(regexes) and args.task == "exact"
     if args.out and len(args.runs) > 1 and not args.report:
         args.report = args.out / "comparison.md"
     return args
@@ -106,12 +111,14 @@ def evaluate(path, name, folder, conversations, args, **about):
 
     # Open it.
     device, autocast = hardware(args.device, args.dtype)
-    opened = runs.open_model(path, device, args.tokenizer)
+    open_model = partial(runs.open_model, device=device, tokenizer=args.tokenizer)
+    opened = open_model(path)
     conversations, examples = fitting(opened, conversations, args)
+    before = args.base and encoded_before(open_model(args.base), opened, conversations, args)  # first: may be unfit
 
     # Let it answer, as far as it has not in an earlier, interrupted evaluation.
-    about |= {"weights": opened.stamp, "tokenizer": opened.tokenizer.name, "device": device.type, "dtype": args.dtype,
-              "task": args.task, "max_new_tokens": args.max_new_tokens}
+    about |= {"weights": opened.stamp, "device": device.type, "dtype": args.dtype, "task": args.task,
+              "max_new_tokens": args.max_new_tokens}
     if args.temperature:
         about |= {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     make = answers.likeliest if args.task == "hellaswag" else written
@@ -129,13 +136,12 @@ def evaluate(path, name, folder, conversations, args, **about):
     system.verdict = encodings.verdict(system.figures, reverse)
     title = name if opened.seed is None else f"{name}, seed {opened.seed}"
     system.spectra[title] = states
-    if args.base:
-        base = runs.open_model(args.base, device, args.tokenizer)
-        states, reverse = encoded_before(base, opened, conversations, args)
+    if before:
+        states, reverse = before
         system.spectra[f"{args.base.name} (before)"] = states
         system.before = encodings.measure(states, reverse, args.seed, codes)
     title += f" on {args.data.name}, n = {len(examples)}"
-    report.write_model(system, sides, folder, title, data=str(args.data), **about)
+    report.write_model(system, sides, folder, title, data=str(args.data), tokenizer=opened.tokenizer.name, **about)
     return system
 
 
@@ -144,7 +150,7 @@ def fitting(opened, conversations, args):
     room, k = opened.model.decoder.config.block_size, len(opened.model.pred)
     conversations, examples = data.examples_of(conversations, opened.tokenizer, room, k, args.too_long)
     if len(examples) < 4:
-        raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; give at least 4")
+        raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; at least 4 (see --limit)")
     lengths = [sum(e.trained) - 1 for e in examples]  # of the answers, without the stop token
     over = sum(length > args.max_new_tokens for length in lengths)
     if over and args.task != "hellaswag":

@@ -12,6 +12,7 @@ In this file: the flags, then one optimizer step, then what happens around the s
 import argparse
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -437,6 +438,8 @@ def check_views(args, path, examples):
         (jepa and args.layout == "fused" and any(e.own_text for e in examples),
          "has rows with a text view of their own, which a fused row cannot share; use --layout paper"),
         (args.shuffle_pairs and path == args.data and len(examples) < 2, "--shuffle_pairs needs at least two rows"),
+        (jepa and args.distance in IN_BATCH and path == args.data and len(examples) < 2,
+         f"--distance {args.distance} compares rows, and this is one; give more"),
     ):
         if wrong:
             raise UserError(f"{path}: {message}")
@@ -464,12 +467,13 @@ def main():
 
     done = fit(run)
     del held  # another process may have the run now
+    quoted = shlex.quote(str(args.out))
     if RANK == 0 and not done:
-        print(f"stopped after step {run.step}; go on with: python train.py --resume {args.out}", file=sys.stderr)
+        print(f"stopped after step {run.step}; go on with: python train.py --resume {quoted}", file=sys.stderr)
     elif RANK == 0:
         shipped = args.data.resolve() == (SYNTH / "synth_train.jsonl").resolve()
         print(f"{args.out} holds the run; see loss.png there. Evaluate it on data that it has not seen:\n"
-              f"python eval.py {args.out} --data {SYNTH / 'synth_test.jsonl' if shipped else 'FILE'}")
+              f"python eval.py {quoted} --data {SYNTH / 'synth_test.jsonl' if shipped else 'FILE'}")
     processes.end(0 if done else 130)
 
 

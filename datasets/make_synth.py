@@ -11,8 +11,6 @@ We had its rows, not its program: the grammar (grammar.json) was inferred from t
 2. Trees that the published data never has are dropped (`dropped`, NEVER).
 3. The tree is written as English and as a regex; REPAIRS make the English less clumsy (`sentence`).
 4. The first regex of a sentence is kept, so where the English is ambiguous, one reading is the right answer.
-
-README.md, beside this script, says which sample of the language that is.
 """
 
 import json
@@ -235,7 +233,7 @@ def show_figures(pairs):
 
 def main():
     parser = cli.parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other sentences")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="another seed, other sentences")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
     for name, size in SPLITS.items():
         parser.add_argument(f"--{name}", type=cli.whole(1), default=size, help=f"rows of synth_{name}.jsonl")

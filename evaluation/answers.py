@@ -38,9 +38,6 @@ def questions(path, limit=None):
     return conversations[:limit], hashlib.sha256(asked.encode()).hexdigest()
 
 
-# ---- a model's
-
-
 def kept(folder, header, conversations, examples, make):
     """A model's answers, one for each conversation, as far as they are there from a file named after `header`, all that
     they depend on. make: those that are not answered yet, and their examples -> (index among these, answer), one by
@@ -102,9 +99,6 @@ def likelihoods(opened, messages, choices, per_token=False):
     prompt = examples[0].full[: examples[0].answer_start]
     found = generate.log_likelihoods(opened.model.decoder, prompt, ids)
     return [value / len(own) if per_token else value for value, own in zip(found, ids, strict=True)]
-
-
-# ---- other systems'
 
 
 def given(path, conversations):

@@ -52,9 +52,6 @@ def sides(encodings, reverse=False):
     return {"Pred(Enc(Text))": encodings["pred"], "Enc(Code)": encodings["code"]}
 
 
-# ---- figures
-
-
 def unit(x):  # (n, C) -> (n, C)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 

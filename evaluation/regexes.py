@@ -5,8 +5,7 @@ or None if it takes more than MAX_STEPS steps to decide. Steps are counted, so t
 
 The derivative of a language by a character is what may follow that character in its strings (Brzozowski 1964). From
 the pair of both regexes, all pairs of derivatives are visited: the languages are equal if there is none of which just
-one has the empty string. Derivatives take & and ~ in their stride, and only those that are reached are made. (Automata
-would have to be finished before they are combined, and a complement may be exponentially large.)
+one has the empty string. Derivatives take & and ~ in their stride, and only those that are reached are made.
 """
 
 import ast

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from evaluation import plots, statistics
 from evaluation.tasks import REASONS
-from support.cli import UserError, write, write_json
+from support.cli import UserError, read_json, write, write_json
 
 LABELS = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
 RATES, FIGURES = LABELS["rates"], LABELS["figures"]  # {name in metrics.json: what tables call it}, in their order
@@ -135,6 +135,8 @@ def check_places(args, folders):
     outputs = [file for folder in folders for file in files_of(folder)]
     outputs += [args.out] if args.predictions and args.out else []
     outputs += [args.report, *pictures_of(args.report).values()] if args.report else []
+    if len({*map(os.path.realpath, outputs)}) < len(outputs):
+        raise UserError(f"--report {args.report}: one of its files is a RUN's result as well; choose another name")
     for path in filter(os.path.lexists, outputs):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give the name of a file to write")
@@ -171,7 +173,8 @@ def write_comparison(systems, folders, args):
     names, pictures = [system.name for system in systems], pictures_of(args.report)
     title = f"{args.data.name}, n = {len(systems[0].rows)}, task {args.task}"
     plots.spectrum({name: x for system in systems for name, x in system.spectra.items()}, title, pictures["spectrum"])
-    logs = {name: run for name, run in zip(names, args.runs, strict=True) if (run / "log.jsonl").exists()}
+    logs = {name: run for name, run in zip(names, args.runs, strict=True)
+            if (run / "log.jsonl").exists() and "arguments" in read_json(run / "config.json")}
     if logs:
         plots.curves(logs, pictures["curves"])
     else:

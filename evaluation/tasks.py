@@ -100,7 +100,7 @@ def guess_task(file_name):
     ('label', 'gsm8k', 'exact')
     """
     name = Path(file_name).name.lower()
-    return next((task for start, task in FILES.items() if name.startswith(start)), "exact")
+    return next((task for start, task in FILES.items() if re.match(f"{start}(?![a-z])", name)), "exact")
 
 
 def correct(task, output, gold, user="", databases=None):

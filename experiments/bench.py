@@ -295,6 +295,8 @@ def open_model(args):
     _, examples = data.examples_of(data.read(args.data), tokenizer, decoder.config.block_size, args.k, too_long="skip")
     if len(examples) < args.batch_size:
         raise cli.UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
+    if any(e.own_text for e in examples):
+        raise cli.UserError(f"{args.data}: has rows with a text view of their own, which no fused row can share")
     steps = data.order([len(e.full) for e in examples], args.batch_size, seed=0, epoch=0)  # as in training
     examples = [examples[i] for step in steps if len(step) == args.batch_size for i in step]
     prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]

@@ -64,9 +64,6 @@ def merge(decoder):
     decoder.requires_grad_(True)
 
 
-# ---- adapters on disk
-
-
 def modules(config):
     """{a projection's path in the Hugging Face model: ours}, the latter a list: GPT-2's c_attn is q, k and v in one."""
     found = {}

@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def create(args, rows):
                 args.out = path
                 break
     if (args.out / "config.json").exists():
-        raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume {args.out}")
+        raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume "
+                        + shlex.quote(str(args.out)))
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty and holds no run; choose another --out")
     settings = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -265,6 +267,8 @@ def replace(folder):
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(old):  # a link to another disk, or on NFS what another process has open
+            os.rename(old, f"{old}.{new.stat().st_mtime_ns}")
         os.rename(folder, old)  # from here to the next line `old` is the state: see `standing`
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -336,7 +340,8 @@ def open_model(path, device, tokenizer=None):
         folder = standing(run, *kinds) if run == folder else folder
         seed, trained_on = arguments.get("seed"), arguments["data"]
         if folder is None:
-            raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume {path}")
+            raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume "
+                            + shlex.quote(str(path)))
         best = folder.name.startswith("best") and arguments["tokenizer"] not in data.TOKENIZERS  # has that of training
         own = (folder / "tokenizer.json").exists() and (best or arguments["tokenizer"] == arguments["init"])
         name = str(folder) if own else arguments["tokenizer"]

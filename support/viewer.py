@@ -14,7 +14,8 @@ def show(batch, tokenizer, colour):
     """Print each row of a batch: its tokens by segment (targets in [brackets]), positions, mask, and encodings."""
     paint = lambda text, code: f"\033[{code}m{text}\033[0m" if colour else text  # noqa: E731
     word = lambda i: f"PRED{-i}" if i < 0 else repr(tokenizer.decode([i]))[1:-1]  # noqa: E731
-    seen, targets = mask(batch.segment), {(row, column + 1) for row, column in batch.label_at.tolist()}
+    step = math.ceil(batch.ids.shape[1] / 64)  # of the mask every so many columns are drawn
+    seen, targets = mask(batch.segment[:, ::step]), {(row, column + 1) for row, column in batch.label_at.tolist()}
     for row, (ids, segment) in enumerate(zip(batch.ids.tolist(), batch.segment.tolist(), strict=True)):
         print(f"\nrow {row}: {len(ids)} columns. Tokens between | |; [target]: predicted from the column before it")
         for kind in dict.fromkeys(segment):
@@ -24,11 +25,9 @@ def show(batch, tokenizer, colour):
             label = f"{NAMES[kind]:6s} columns {columns[0]}-{columns[-1]}, positions {positions[0]}-{positions[-1]}"
             print(paint(label, COLOURS[kind]))
             print(f"       |{'|'.join(words)}|")
-        step = math.ceil(len(ids) / 64)  # one character stands for `step` columns
         print("mask: # may attend, . may not" + (f"; every {step}th token is drawn" if step > 1 else ""))
-        for q in range(0, len(ids), step):
-            cells = "".join("#" if seen[row, q, c] else "." for c in range(0, len(ids), step))
-            print(paint(f"{NAMES[segment[q]]:6s} {cells}", COLOURS[segment[q]]))
+        for kind, allowed in zip(segment[::step], seen[row].tolist(), strict=True):
+            print(paint(f"{NAMES[kind]:6s} {''.join('.#'[each] for each in allowed)}", COLOURS[kind]))
     for name, at in (("Pred(Enc(Text))", batch.text_at), ("Enc(Code)", batch.code_at)):
         for row, column in at.tolist():
             print(f"{name:15s} is the state at row {row}, column {column}: {word(batch.ids[row, column].item())}")

@@ -190,6 +190,15 @@ def test_only_the_types_asked_for_are_timed(examples, monkeypatch, capsys):
         assert ("bfloat16 is left out" in capsys.readouterr().err) == (asked[-1] not in timed)
 
 
+def test_rows_that_no_fused_row_can_hold_are_refused(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    line = {"messages": turns, "text": "c", "code": "d"}
+    (tmp_path / "own.jsonl").write_text(8 * (json.dumps(line) + "\n"))
+    args = bench.flags("").parse_args(["--data", str(tmp_path / "own.jsonl"), "--batch_size", "2"])
+    with pytest.raises(UserError, match="a text view of their own"):
+        bench.open_model(args)
+
+
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     """Counts and shares, never a time."""
     file = tmp_path / "found.json"

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import data
 import hf
-from jepa import CODE, PRED, TEXT
-from support import cli
+from jepa import CODE, PRED, TEXT, mask
+from support import cli, viewer
 from support.cli import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -248,6 +248,17 @@ def test_the_command_shows_views_mask_and_statistics(tmp_path, monkeypatch, caps
             cli.run(data.main)
         said = capsys.readouterr().err
         assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_of_a_long_row_so_many_cells_of_the_mask_are_made_as_are_drawn(synth, capsys, monkeypatch):
+    ids = list(range(100))
+    batch = data.collate([data.Example(ids, [False] * 60 + [True] * 40, 50, ids[:50], ids[60:])], k=2)
+    whole, made = mask(batch.segment)[0, ::3, ::3], []
+    monkeypatch.setattr(viewer, "mask", lambda segment: made.append(segment) or mask(segment))
+    viewer.show(batch, synth, colour=False)
+    drawn = capsys.readouterr().out.split("every 3th token is drawn\n")[1].splitlines()[: len(whole)]
+    assert [line[7:] for line in drawn] == ["".join(".#"[cell] for cell in row) for row in whole.tolist()]
+    assert made[0].shape == (1, 48)
 
 
 # ---- rows with views of their own, plain text, paraphrases

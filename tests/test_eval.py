@@ -330,6 +330,13 @@ def test_comparison_and_report(trained, rows, tmp_path, capsys):
     assert second["effective rank, Enc(Code): before"] == f"{before:.4f}" and second["rows"] == "30"
 
 
+def test_a_log_that_is_no_runs_does_not_end_a_comparison(trained, rows, tmp_path):
+    model = Path(shutil.copytree(ORACLE, tmp_path / "model"))
+    (model / "log.jsonl").write_text("")
+    call(model, trained[0], "--data", rows, "--limit", "5", "--max_new_tokens", "2", "--out", tmp_path / "out")
+    assert (tmp_path / "out/comparison-curves.png").exists()  # of the run alone
+
+
 def test_models_of_one_name_do_not_overwrite_each_other(trained, rows, tmp_path, refused):
     folders = [run / "best" for run in trained]
     flags = ["--data", rows, "--limit", "5", "--max_new_tokens", "2", "--tokenizer", "synth", "--out", tmp_path]
@@ -519,6 +526,15 @@ def counted(monkeypatch):
     return calls
 
 
+def test_the_same_model_by_another_path_has_its_answers(rows, tmp_path, monkeypatch):
+    model, calls = Path(shutil.copytree(ORACLE, tmp_path / "model")), counted(monkeypatch)
+    flags = ["--data", rows, "--limit", "4", "--max_new_tokens", "2", "--out", tmp_path / "out"]
+    call(model, *flags)
+    monkeypatch.chdir(tmp_path)
+    call("model", *flags)
+    assert calls == [4] and metrics(tmp_path / "out")["tokenizer"] == "model"
+
+
 @pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
 def test_another_model_gives_other_answers(rows, tmp_path, monkeypatch, change):
     """Old answers are not taken for new ones, whichever file of the model has changed."""
@@ -674,6 +690,21 @@ def test_nearest_codes_are_listed_where_the_encodings_tell_them(trained, rows, c
     assert "nearest Codes" in capsys.readouterr().out, "by chance 3 of 6"
 
 
+def test_a_question_about_endings_is_answered_in_words(trained, rows, tmp_path, capsys):
+    """As any other is, with the budget and the temperature of answers; only evaluation chooses between letters."""
+    data_file = tmp_path / "hellaswag_x.jsonl"
+    shutil.copy(rows, data_file)
+    call(trained[0], "--ask", "a", "--data", data_file, "--temperature", "1")
+    assert "within 8 tokens" not in capsys.readouterr().err
+
+
+def test_regexes_are_told_by_the_whole_first_word_of_a_name(trained, rows, tmp_path, capsys):
+    for name, compared in (("synth-x.jsonl", True), ("Turk.jsonl", True), ("synthetic_x.jsonl", False)):
+        shutil.copy(rows, tmp_path / name)
+        call(trained[0], "--data", tmp_path / name, "--limit", "4", "--max_new_tokens", "1", "--out", tmp_path / "out")
+        assert ("same_language" in metrics(tmp_path / "out")["rates"]) == compared
+
+
 def test_a_hugging_face_folder_answers_too(capsys):
     call(ORACLE, "--ask", "a", "--max_new_tokens", "2")
     assert capsys.readouterr().out.endswith("\n")
@@ -710,7 +741,7 @@ def test_a_terminal_has_a_prompt_with_a_history_and_ctrl_d_ends_it(trained):
 
 def test_outputs_never_replace_inputs(trained, rows, tmp_path, refused, monkeypatch):
     """Nor files that this program did not make. All is refused before a model is opened."""
-    monkeypatch.setattr(runs, "open_model", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr(runs, "open_model", lambda *args, **more: pytest.fail("work has begun"))
     monkeypatch.chdir(tmp_path)
     for name in ("d.jsonl", "predictions.jsonl"):
         shutil.copy(rows, name)
@@ -738,6 +769,9 @@ def test_outputs_never_replace_inputs(trained, rows, tmp_path, refused, monkeypa
     ):
         message = refused(*flags)
         assert "would be lost" in message or "not from an earlier" in message or "is a folder" in message, message
+    for name in ("metrics.json", "predictions.jsonl"):
+        message = refused(run, "--data", "d.jsonl", "--out", "new", "--report", f"new/../new/{name}")
+        assert "a RUN's result as well" in message, message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -833,6 +867,11 @@ def test_what_is_no_run(trained, rows, refused, tmp_path):
     assert "config.json" in refused(tmp_path, "--data", rows)
     young = Path(shutil.copytree(trained[0], tmp_path / "young", ignore=shutil.ignore_patterns("best", "checkpoint")))
     assert "holds no checkpoint yet" in refused(young, "--data", rows)
+    spaced, out = young.rename(tmp_path / "a young one"), tmp_path / "out"
+    assert refused(spaced, "--data", rows).endswith(f"--resume '{spaced}'")
+    spaced.rename(young)
+    assert "holds no checkpoint yet" in refused(trained[0], "--data", rows, "--base", young, "--out", out)
+    assert not out.exists(), "nothing was answered before"
     (young / "checkpoint").mkdir()  # of a sharded run: parts of a model
     config = json.loads((young / "config.json").read_text())
     config["arguments"]["shard"] = True

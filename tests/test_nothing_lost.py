@@ -196,6 +196,25 @@ def test_a_crash_between_the_two_renames_leaves_the_old_state(finished, tmp_path
     assert contents(runs.standing(copy, "checkpoint")) == before
 
 
+@pytest.mark.parametrize("what", ["a link", "kept"])
+def test_saving_goes_on_where_the_old_folder_cannot_be_removed(finished, tmp_path, monkeypatch, what):
+    """A user has moved it to another disk, or NFS keeps it for another process that reads it."""
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    model, folder = runs.load_model(copy / "best"), copy / "best"
+    if what == "a link":
+        folder.symlink_to(folder.rename(tmp_path / "big"))
+    else:
+        rmtree = shutil.rmtree
+        monkeypatch.setattr(shutil, "rmtree", lambda path, **how: path == folder.with_name("best.old") or rmtree(
+            path, **how))
+    for number in range(3):
+        with torch.no_grad():
+            model.pred.fill_(number)
+        runs.save_model(model, folder)
+        assert (runs.load_model(folder).pred == number).all()
+    assert what == "kept" or (tmp_path / "big/pred.safetensors").exists()
+
+
 def test_a_run_stopped_before_its_first_checkpoint_goes_on_from_the_beginning(finished, tmp_path):
     """It neither has to be deleted, nor is it refused: the same run comes out."""
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))

@@ -362,6 +362,7 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch):
     assert refused(run("--out", tmp_path / "file" / "folder"), "file", "Not a directory")
     assert refused(run("--out", tmp_path, "--val", "0"), "--val", "at least 1")
     assert refused(run("--out", tmp_path, "--val", "many"), "--val", "whole number")
+    assert refused(run("--out", tmp_path, "--seed", "-1"), "--seed", "at least 0")  # would draw what 1 draws
     monkeypatch.setattr(synth, "make_pool", lambda seed: {str(i): "." for i in range(10)})
     with pytest.raises(UserError, match="11 rows wanted, but there are 10 sentences"):
         synth.make_splits(0, {"train": 8, "val": 1, "test": 2})

@@ -88,6 +88,7 @@ def test_correct_dispatches(folder):  # noqa: F811
     ("x/synth_test.jsonl", "exact"), ("turk_test.jsonl", "exact"), ("gsm8k_test.jsonl", "gsm8k"),
     ("spider_train.jsonl", "spider"), ("nq_open_test.jsonl", "nq_open"), ("hellaswag_test.jsonl", "hellaswag"),
     ("rotten_tomatoes_test.jsonl", "label"), ("yelp_test.jsonl", "label"), (Path("yelp/other.jsonl"), "exact"),
+    ("spiders_of_europe.jsonl", "exact"), ("labels.jsonl", "exact"), ("label.jsonl", "label"),
 ])
 def test_guess_task(name, task):
     assert tasks.guess_task(name) == task
