@@ -197,7 +197,7 @@ def longest_view(example, k):
 def examples_of(conversations, tokenizer, limit, k=0, too_long="refuse", **how):
     """(conversations, examples) of the rows that need at most `limit` positions. how: options of `example`.
 
-    Longer rows raise UserError, or with too_long="skip" are left out and reported.
+    Longer rows raise UserError (which names --too_long, unless that is None), or with "skip" are left out and reported.
     """
     make = partial(example, tokenizer=tokenizer, **how)
     fitting = rows.fitting(conversations, make, partial(longest_view, k=k), limit, too_long)
@@ -265,7 +265,7 @@ def add(row, ids, segment, start=0):
 def collate(examples, k, layout="fused", jepa=True, front_pred=False, reverse=False, multiple=1):
     """Lay the examples out in rows: `jepa.Batch`.
 
-    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER] and [TEXT alone, PRED | CODE].
+    layout "fused": one row [TEXT ANSWER PRED CODE] each; "paper": [TEXT ANSWER], [TEXT without system, PRED, CODE].
     jepa=False: the conversation only, which is plain fine-tuning. reverse: [PRED] ends CODE, which predicts Text.
     front_pred (paper layout only): [PRED] is a part of TEXT, before the user's content; Text's last token predicts.
     multiple: rows are padded to a multiple of this many columns.

@@ -114,7 +114,7 @@ def evaluate(path, name, folder, conversations, args, **about):
     open_model = partial(runs.open_model, device=device, tokenizer=args.tokenizer)
     opened = open_model(path)
     conversations, examples = fitting(opened, conversations, args)
-    before = args.base and encoded_before(open_model(args.base), opened, conversations, args)  # first: may be unfit
+    before = args.base and encoded_before(open_model(args.base), opened, conversations, args)  # may be refused
 
     # Let it answer, as far as it has not in an earlier, interrupted evaluation.
     about |= {"weights": opened.stamp, "device": device.type, "dtype": args.dtype, "task": args.task,
@@ -128,7 +128,7 @@ def evaluate(path, name, folder, conversations, args, **about):
     # Are the answers right?
     system = report.Evaluated(name, scored(found, conversations, args))
 
-    # What do the encodings look like? Do they tell which Code belongs to which Text, or are all of them alike?
+    # Do the encodings tell which Code belongs to which Text? Or collapse: mean cosine above 0.99, or rank below 2?
     reverse, codes = opened.layout.get("reverse", False), [tuple(e.code) for e in examples]
     states = encodings.encode(opened.model, examples, args.batch_size, **opened.layout)
     sides = encodings.sides(states, reverse)
@@ -151,7 +151,7 @@ def fitting(opened, conversations, args):
     conversations, examples = data.examples_of(conversations, opened.tokenizer, room, k, args.too_long)
     if len(examples) < 4:
         raise UserError(f"{args.data}: {len(examples)} rows are too few to compare encodings; at least 4 (see --limit)")
-    lengths = [sum(e.trained) - 1 for e in examples]  # of the answers, without the stop token
+    lengths = [sum(e.trained) - 1 for e in examples]  # of the answers; 1: the stop token
     over = sum(length > args.max_new_tokens for length in lengths)
     if over and args.task != "hellaswag":
         print(f"warning: {over} gold answers are longer than --max_new_tokens {args.max_new_tokens} (the longest has "
@@ -190,7 +190,7 @@ def scored(found, conversations, args):
 
 
 def encoded_before(base, opened, conversations, args):
-    """(encodings, reverse) of the model that training began with; if it has no [PRED], in the trained one's layout."""
+    """(encodings, reverse) of the model that training began with; without [PRED] laid out like the trained one."""
     layout = base.layout if len(base.model.pred) else opened.layout | {"front_pred": False, "reverse": False}
     try:
         _, examples = data.examples_of(conversations, base.tokenizer, base.model.decoder.config.block_size,

@@ -33,13 +33,13 @@ The mask is causal, and a token sees only the segments that its own view consist
                   # # #
     ANSWER        # # #  #                 goes on from TEXT: the conversation, as in plain fine-tuning
                   # # #  # #
-    PRED          # # #       #            goes on from TEXT too, at the same positions, and has never seen the answer
+    PRED          # # #       #            goes on from TEXT too, at ANSWER's positions, and never sees it
     CODE                         #         sees only itself
                                  # #
 
 ANSWER and PRED are two continuations of the same TEXT that cannot see each other. Leave out PRED and CODE, and what
-remains *is* plain fine-tuning: this is what a step with lam = 0 computes, and what runs at **inference**, where the
-model is given TEXT and the role tag and writes the answer. [PRED] and the second copy of Code exist in training alone.
+remains *is* plain fine-tuning: what a step with lam = 0 computes, and what runs at **inference**, where the model gets
+TEXT and the role tag and writes the answer. [PRED] and the second Code serve training, and the measuring of encodings.
 
 This is the `fused` layout: its Text includes the system turn. The `paper` layout, the official code's, makes two rows:
 [TEXT ANSWER], and [TEXT PRED CODE], whose TEXT has no system turn. Where the views are the same
@@ -49,8 +49,8 @@ shows one row and three passes.
 
 What it costs, what can go wrong
 --------------------------------
-*Cost.* A conversation of n tokens with a Code of c costs 1 + (k + c) / n times plain fine-tuning when fused; paper adds
-Text once more. **JEPA-loss dropout** (`--loss_dropout`) turns a fraction of the steps into plain next-token steps:
+*Cost.* A conversation of n tokens with a Code of c costs about 1 + (k + c) / n times plain fine-tuning if fused; paper
+adds Text once more. **JEPA-loss dropout** (`--loss_dropout`) turns a fraction of the steps into plain next-token steps:
 their other views are not even built, so such a step costs exactly what plain fine-tuning costs.
 
 *No gain is guaranteed.* The next-token loss alone already makes Text's states good for predicting Code, token by token;
@@ -94,7 +94,7 @@ def sees_table(device):  # -> (5, 5)
 
 
 def mask(segment):  # (B, T) -> (B, T, T)
-    """True where the token in column q may attend to the token in column k <= q."""
+    """True where the token in column q may attend to the token in column j <= q."""
     causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
     return sees_table(segment.device)[segment[:, :, None], segment[:, None, :]] & causal
 
@@ -166,7 +166,7 @@ IN_BATCH = {"infonce", "uniform"}  # these compare the examples of a forward pas
 
 class Losses(NamedTuple):
     total: torch.Tensor  # gamma * lm + lam * jepa
-    lm: torch.Tensor  # cross-entropy, nats per label; 0 where there are none
+    lm: torch.Tensor  # cross-entropy, nats per label (of a part: its share); 0 where there are none
     jepa: torch.Tensor  # distance, per pair of views; 0 where the batch was built without views
 
 
@@ -182,8 +182,8 @@ class LLMJEPA(nn.Module):
         self.decoder = decoder
         self.gather = None  # of several processes: (N, C) of this one -> those of all, with gradient
         table = decoder.embed.weight.detach().float()  # (V, C)
-        # Logits are made for so many labels at a time. Each part makes a gradient of the output matrix, so it may take
-        # as much memory as that does in training: 16 bytes a number, 4 where it is frozen.
+        # Logits are made for so many labels at a time that they take about the memory of the output matrix with its
+        # gradient and moments (16 bytes a weight; 4 where it is frozen): each part makes that gradient anew.
         output = decoder.embed if decoder.config.tied else decoder.head
         self.labels_at_once = max(2**24 // table.shape[0], table.shape[1] // (1 if output.weight.requires_grad else 4))
         self.pred = nn.Parameter(table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], device=table.device))
@@ -191,7 +191,7 @@ class LLMJEPA(nn.Module):
     def forward(self, batch, lam=1.0, distance="cosine", gamma=1.0, stop_grad="none", whole=None):
         """`Losses` of a batch.
 
-        stop_grad: "text" or "code" makes that encoding a constant, [PRED] too where it predicts (the paper: "none").
+        stop_grad: "text" or "code" makes that encoding a constant, with [PRED] if that view predicts (paper: "none").
         whole: (labels, pairs) of the whole optimizer step, when this batch is one part of it. Each loss is then this
         part's share of the mean: the parts' losses, and gradients, sum to those of the whole, however it was cut (but
         not for distances IN_BATCH, which compare the examples of one part only, over all processes).
@@ -217,7 +217,7 @@ class LLMJEPA(nn.Module):
                 text = text.detach()
             if stop_grad == "code":
                 code = code.detach()
-            share = len(text) / pairs  # this process's part of the step; the distance may be over all processes' rows
+            share = len(text) / pairs  # of all processes they sum to 1, so the distance may be of all their rows
             if self.gather and self.training:
                 text, code = self.gather(text), self.gather(code)
             with torch.autocast(hidden.device.type, enabled=False):  # or infonce would compare in bfloat16

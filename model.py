@@ -154,8 +154,8 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask):
         """softmax(scale q k^T + mask) v: (B, H, T, D). mask: see `Decoder.added`.
 
-        The H/G query heads that share keys are laid one after another, as that many times T queries of one head. (Of
-        CUDA's fused kernels at most cuDNN's takes `enable_gqa` with a mask; and keys would be read once for each head.)
+        The H/G query heads that share keys are laid one after another, as H/G*T queries of one head. (Of CUDA's fused
+        kernels at most cuDNN's takes `enable_gqa` together with a mask; and keys would be read once for each head.)
         """
         c, sharing = self.config, self.config.n_head // self.config.n_kv_head
         q = q.unflatten(1, (-1, sharing)).flatten(2, 3)  # (B, G, H/G*T, D)
@@ -286,8 +286,8 @@ class Decoder(nn.Module):
         return added.repeat(1, self.config.n_head // self.config.n_kv_head, 1)[:, None]
 
     def rope(self, position, windowed=False):
-        """(cos, signed sin) of RoPE's angles, (B, 1, T, R) each; None where positions are learned. The sign is that of
-        a dimension's partner in first' = first cos - second sin, second' = second cos + first sin."""
+        """(cos, signed sin) of RoPE's angles, (B, 1, T, R) each; None where positions are learned. sin is negative in
+        the first half: first' = first cos - second sin, second' = second cos + first sin."""
         if self.config.position != "rope":
             return None
         angle = position[:, None, :, None].float() * rope_frequencies(self.config, position.device, windowed)

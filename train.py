@@ -69,7 +69,7 @@ add("--k", type=cli.whole(0, 10_000), default=1,
     help="number of [PRED] tokens after Text; 0: Text's own last state predicts")
 add("--distance", choices=DISTANCES, default="cosine",
     help="between predicted and actual encoding of Code. cosine is the paper's, l2 and mse are variants of it; infonce "
-    "and uniform also push different examples of a forward pass apart, which prevents collapse")
+    "and uniform also push different examples of a forward pass apart, so that collapse is no minimum")
 add("--gamma", type=cli.number(), default=1.0, help="weight of the next-token loss")
 add("--loss_dropout", type=cli.number(0, 1), default=0.0,
     help="probability that a step has the next-token loss only and costs no more than plain fine-tuning")
@@ -98,7 +98,7 @@ add("--warmup", type=cli.number(0, 1), default=0.03,
     help="fraction of all steps in which the learning rate rises to its peak")
 add("--weight_decay", type=cli.number(), default=0.1, help="on matrices only, embeddings among them")
 add("--clip", type=cli.number(above=True), default=1.0,
-    help="gradients are scaled down to this norm, which Muon's steps hardly depend on")
+    help="gradients are scaled down to this norm (which hardly matters to Muon)")
 add("--seed", type=cli.whole(0, 2**63 - 1), default=0,
     help="of all that is random: initial weights, order of the data, dropout, shuffled pairs")
 
@@ -187,7 +187,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # optimizer steps done
     total: int = 0  # of this run
-    bad: tuple = (0, 0)  # what the next two were when the run was saved
+    bad: tuple = (0, 0)  # (failures, skipped) as the checkpoint has them
     failures: torch.Tensor = None  # steps in a row that were not taken; on the device, like the gradient
     skipped: torch.Tensor = None  # all steps that were not taken
     validations: list = None  # what the log says of them
@@ -250,7 +250,7 @@ def take_step(run, examples):
     for start in range(0, len(examples), args.batch_size):
         batch = batch_of(run, examples[start : start + args.batch_size], jepa)
         tokens += (batch.segment != PAD).sum().item()
-        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP sums them once a step
+        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP: once a step
         with run.autocast():
             part = run.wrapped(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed
@@ -276,8 +276,8 @@ def take_step(run, examples):
 def fit(run):
     """Train from run.step to the last step, or until somebody stops the run. Returns whether training is complete.
 
-    The order of the data, the learning rate and all else are functions of the step, so that a run stopped and resumed
-    equals one that never stopped.
+    Order of the data, learning rate and dropped steps are functions of the step, and random states are saved, so that
+    a run stopped and resumed equals one that never stopped (on a CPU to the bit).
     """
     args, size = run.args, run.args.batch_size * run.args.grad_accum
     lengths = [len(e.full) for e in run.examples]
@@ -302,7 +302,7 @@ def fit(run):
         for members in bar:
             result = take_step(run, [examples[i] for i in members])
             tokens += result["tokens"]
-            # what reads the device back, and so waits for it, happens at logged steps only (on a CPU nothing waits)
+            # what reads the device back, and so waits for it, happens at logged steps only (but on MPS)
             logged = run.step % args.log_every == 0 or run.step == run.total
             if logged:
                 log_step(run, bar, epoch, result, tokens, began)
@@ -356,8 +356,8 @@ def save(run):
 
 
 def validate_if_due(run, per_epoch):
-    """At the end of an epoch and of the run: validate, log, and keep the weights as best/ if they are (see `is_best`).
-    Without validation rows the last epoch counts as the best."""
+    """At the end of an epoch and of the run: validate, log, and keep the weights as best/ if exact match is within one
+    standard error of the highest so far (see `is_best`), or if there are no validation rows."""
     if run.step % per_epoch and run.step < run.total:
         return
     scores, best = {"val_lm": 0.0}, True  # where there are no validation rows
@@ -369,7 +369,7 @@ def validate_if_due(run, per_epoch):
             scores = processes.all_of_them(validate(run))[0]  # of process 0: the last bit decides what is saved
         best = is_best(scores, run.validations, sum(e.answer_start < len(e.full) for e in run.val_rows[1]))
     if not math.isfinite(scores["val_lm"]):
-        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; an older best/ is kept")
+        raise Stopped(f"step {run.step}: the loss on {run.args.val} is not finite; if there is a best/, it is kept")
     if best:
         runs.save_best(run.model, run.args, run.source, run.tokenizer)
     run.validations.append({"step": run.step, **scores})
