@@ -13,7 +13,6 @@ evaluation. Answers are kept in answers-*.jsonl, a file for each way of asking; 
 In this file: the flags, then one model from its folder to the verdict. Read next: `evaluation/README.md`.
 """
 
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -91,12 +90,10 @@ def check(args):
     if args.temperature and (args.task == "hellaswag" or args.predictions):
         raise UserError("--temperature: nothing is sampled here; leave it out")
     if args.ask is None and args.task == "spider" and not (args.databases and args.databases.is_dir()):
-        guessed = " (guessed from the name of --data)" * args.guessed
-        raise UserError(f"--task spider{guessed} executes queries: give --databases DIR, the folder of its databases "
-                        "(python datasets/download.py spider --databases fetches them)")
+        raise UserError(f"--task spider{' (guessed from the name of --data)' * args.guessed} executes queries: give "
+                        "--databases DIR (python datasets/download.py spider --databases fetches them)")
     args.max_new_tokens = args.max_new_tokens or (BUDGET[args.task] if args.data else max(BUDGET.values()))
-    regexes = args.data and re.match("(synth|turk)(?![a-z])", args.data.name.lower())
-    args.is_regex = bool(regexes) and args.task == "exact"
+    args.is_regex = args.task == "exact" and tasks.begins(args.data or "", "synth|turk")
     if args.out and len(args.runs) > 1 and not args.report:
         args.report = args.out / "comparison.md"
     return args
@@ -109,12 +106,12 @@ def evaluate(path, name, folder, conversations, args, **about):
     """What is found about the model at `path`: a `report.Evaluated`. Files go to `folder`. about: what was asked."""
     from hf import runs  # whoever scores other systems' outputs needs no models
 
-    # Open it.
+    # Open it, and the model before training, which may be refused.
     device, autocast = hardware(args.device, args.dtype)
-    open_model = partial(runs.open_model, device=device, tokenizer=args.tokenizer)
-    opened = open_model(path)
+    opened = runs.open_model(path, device, args.tokenizer)
     conversations, examples = fitting(opened, conversations, args)
-    before = args.base and encoded_before(open_model(args.base), opened, conversations, args)  # may be refused
+    before = args.base and encoded_before(
+        runs.open_model(args.base, device, args.tokenizer), opened, conversations, args)
 
     # Let it answer, as far as it has not in an earlier, interrupted evaluation.
     about |= {"weights": opened.stamp, "device": device.type, "dtype": args.dtype, "task": args.task,

@@ -250,7 +250,7 @@ def take_step(run, examples):
     for start in range(0, len(examples), args.batch_size):
         batch = batch_of(run, examples[start : start + args.batch_size], jepa)
         tokens += (batch.segment != PAD).sum().item()
-        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP: once a step
+        run.wrapped.require_backward_grad_sync = start + args.batch_size >= len(examples)  # DDP sends once a step
         with run.autocast():
             part = run.wrapped(batch.to(run.device), args.lam, args.distance, args.gamma, args.stop_grad, whole)
         (part.total * WORLD).backward()  # DDP and FSDP average over processes, and shares must be summed
@@ -302,7 +302,7 @@ def fit(run):
         for members in bar:
             result = take_step(run, [examples[i] for i in members])
             tokens += result["tokens"]
-            # what reads the device back, and so waits for it, happens at logged steps only (but on MPS)
+            # what reads the device back, and so waits for it, happens at logged steps only (but on MPS; no CPU waits)
             logged = run.step % args.log_every == 0 or run.step == run.total
             if logged:
                 log_step(run, bar, epoch, result, tokens, began)
@@ -432,14 +432,13 @@ def prepare(args):
 
 def check_views(args, path, examples):
     """Refuse a JEPA term on rows of a file that cannot have one."""
-    jepa = args.lam > 0
+    jepa, single = args.lam > 0, path == args.data and len(examples) < 2
     for wrong, message in (
         (jepa and not all(e.code for e in examples), "has rows of plain text, with no Code to predict; use --lam 0"),
         (jepa and args.layout == "fused" and any(e.own_text for e in examples),
          "has rows with a text view of their own, which a fused row cannot share; use --layout paper"),
-        (args.shuffle_pairs and path == args.data and len(examples) < 2, "--shuffle_pairs needs at least two rows"),
-        (jepa and args.distance in IN_BATCH and path == args.data and len(examples) < 2,
-         f"--distance {args.distance} compares rows, and this is one; give more"),
+        (single and args.shuffle_pairs, "--shuffle_pairs needs at least two rows"),
+        (single and jepa and args.distance in IN_BATCH, f"--distance {args.distance} needs at least two rows"),
     ):
         if wrong:
             raise UserError(f"{path}: {message}")

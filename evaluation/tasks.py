@@ -99,8 +99,12 @@ def guess_task(file_name):
     >>> guess_task("data/yelp_test.jsonl"), guess_task("gsm8k_train.jsonl"), guess_task("mine.jsonl")
     ('label', 'gsm8k', 'exact')
     """
-    name = Path(file_name).name.lower()
-    return next((task for start, task in FILES.items() if re.match(f"{start}(?![a-z])", name)), "exact")
+    return next((task for start, task in FILES.items() if begins(file_name, start)), "exact")
+
+
+def begins(file_name, words):
+    """Does the name of a file begin with one of these words (a pattern), and not just with its letters?"""
+    return re.match(f"({words})(?![a-z])", Path(file_name).name.lower()) is not None
 
 
 def correct(task, output, gold, user="", databases=None):

@@ -5,8 +5,7 @@
 
 Steps of plain fine-tuning and of both layouts of LLM-JEPA take turns with each other and with a large matrix product,
 whose speed is the ceiling, so that whatever else the machine does falls on all of them alike. FLOPs are those of the
-formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is that of a fresh process for each;
-on a GPU, torch's own count.
+formula in `step_flops`, which the tests hold to torch's own counter. Peak memory is a fresh process's, on GPUs torch's.
 """
 
 import copy

@@ -92,8 +92,7 @@ def create(args, rows):
                 args.out = path
                 break
     if (args.out / "config.json").exists():
-        raise UserError(f"{args.out} already holds a run; choose another --out, or go on with --resume "
-                        + shlex.quote(str(args.out)))
+        raise UserError(f"{args.out} already holds a run; give another --out, or --resume {shlex.quote(str(args.out))}")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty and holds no run; choose another --out")
     settings = {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -340,8 +339,7 @@ def open_model(path, device, tokenizer=None):
         folder = standing(run, *kinds) if run == folder else folder
         seed, trained_on = arguments.get("seed"), arguments["data"]
         if folder is None:
-            raise UserError(f"{path}: holds no checkpoint yet; let train.py save one: python train.py --resume "
-                            + shlex.quote(str(path)))
+            raise UserError(f"{path}: holds no checkpoint yet; try: python train.py --resume {shlex.quote(str(path))}")
         best = folder.name.startswith("best") and arguments["tokenizer"] not in data.TOKENIZERS  # has that of training
         own = (folder / "tokenizer.json").exists() and (best or arguments["tokenizer"] == arguments["init"])
         name = str(folder) if own else arguments["tokenizer"]

@@ -31,12 +31,9 @@ class Muon(torch.optim.AdamW):
         loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
-            alike = {}
-            for matrix in group["params"] if group.get("muon") else ():
-                if matrix.grad is not None:
-                    alike.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in alike.items():
-                many = max(1, AT_ONCE // shape.numel())
+            moving = [matrix for matrix in group["params"] if group.get("muon") and matrix.grad is not None]
+            for shape in {matrix.shape: None for matrix in moving}:
+                matrices, many = [m for m in moving if m.shape == shape], max(1, AT_ONCE // shape.numel())
                 for start in range(0, len(matrices), many):
                     self.move(matrices[start : start + many], group["lr"], group["weight_decay"])
         return loss

@@ -741,7 +741,7 @@ def test_a_terminal_has_a_prompt_with_a_history_and_ctrl_d_ends_it(trained):
 
 def test_outputs_never_replace_inputs(trained, rows, tmp_path, refused, monkeypatch):
     """Nor files that this program did not make. All is refused before a model is opened."""
-    monkeypatch.setattr(runs, "open_model", lambda *args, **more: pytest.fail("work has begun"))
+    monkeypatch.setattr(runs, "open_model", lambda *args: pytest.fail("work has begun"))
     monkeypatch.chdir(tmp_path)
     for name in ("d.jsonl", "predictions.jsonl"):
         shutil.copy(rows, name)

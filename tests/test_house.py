@@ -103,8 +103,8 @@ def test_functions_fit_on_a_screen(path):
 
 def test_the_code_base_does_not_grow():
     """The aim is 4,500 lines in all. It is not reached: until it is, this number goes down. (It went up four times, by
-    29 to 79: for the speed of a step on CPUs, for faults that lost work or ended in a traceback, for what was silently
+    21 to 79: for the speed of a step on CPUs, for faults that lost work or ended in a traceback, for what was silently
     wrong: an exported model's tokenizer and stop token, prompts that told how an answer begins, retrieval; and for
     what a first GPU showed: Muon's many small kernels, benchmarks whose memory did not fit beside another model.)"""
     lines = sum(path.read_text().count("\n") for path in SOURCES)
-    assert lines <= 6796, f"{lines} lines of source: make something simpler"
+    assert lines <= 6790, f"{lines} lines of source: make something simpler"
