@@ -63,6 +63,14 @@ def test_three_steps_equal_the_formula_and_the_rest_goes_by_adamw(monkeypatch, a
     assert stacks == 3 * sizes
 
 
+def test_a_matrix_without_a_gradient_stays():
+    moved, left = (torch.ones(4, 3).requires_grad_() for _ in range(2))
+    moved.grad = torch.ones(4, 3)
+    optimizer = Muon([{"params": [moved, left], "muon": True}], lr=0.1, betas=(0.9, 0.95), fused=True)
+    optimizer.step()
+    assert (moved != 1).all() and (left == 1).all() and left not in optimizer.state
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon from 2.9 on")
 def test_equals_torch_to_the_precision_of_bfloat16():
     ours = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
