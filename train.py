@@ -230,8 +230,7 @@ def batch_of(run, examples, jepa):
     """The batch of a forward pass; with several processes, this one's share. A process that has no example of its own
     takes part with one that has no labels and no pairs."""
     own = examples[RANK::WORLD]
-    # GPUs, and CPUs in bfloat16, have kernels chosen or made for each width: so few widths, and aligned ones
-    multiple = 8 if run.device.type == "cuda" or run.args.dtype == "bfloat16" else 1
+    multiple = processes.width_multiple(run.device, run.args.dtype)
     batch = data.collate(own or examples[:1], run.args.k, jepa=jepa, multiple=multiple, **run.layout)
     nothing = {name: getattr(batch, name)[:0] for name in ("label_at", "label", "text_at", "code_at")}
     return batch if own else batch._replace(**nothing)
@@ -280,7 +279,7 @@ def fit(run):
     a run stopped and resumed equals one that never stopped (on a CPU to the bit).
     """
     args, size = run.args, run.args.batch_size * run.args.grad_accum
-    lengths = [len(e.full) for e in run.examples]
+    lengths = [(len(e.full), len(e.code)) for e in run.examples]
     per_epoch = math.ceil(len(lengths) / size)
     run.total = min(args.epochs * per_epoch, args.max_steps or math.inf)
     run.failures, run.skipped = torch.tensor(run.bad, dtype=torch.float32, device=run.device)

@@ -36,7 +36,7 @@ from hf import weights
 from jepa import LLMJEPA, PAD
 from model import Config, Decoder
 from support import cli
-from support.processes import hardware, has_bfloat16
+from support.processes import hardware, has_bfloat16, width_multiple
 
 KINDS = {  # what is timed: arguments of data.collate
     "plain fine-tuning": {"jepa": False},
@@ -45,7 +45,7 @@ KINDS = {  # what is timed: arguments of data.collate
 }
 LAM = 2.0
 CEILING = {"cuda": (8192, 10)}  # size of the large product, and how many in a row: one alone is over too soon there
-MULTIPLE = {"float32": 1, "bfloat16": 8}  # rows are padded to one of these, in columns, as by train.py on a CPU
+DTYPES = ("float32", "bfloat16")
 
 
 class Form(NamedTuple):
@@ -85,7 +85,7 @@ def rows_of(examples, number, size):
 
 def train_step(form, device, dtype, number):
     with hardware(str(device), dtype)[1]():
-        loss = form.loss(form.batch(number, multiple=MULTIPLE[dtype]).to(device))
+        loss = form.loss(form.batch(number, multiple=width_multiple(device, dtype)).to(device))
     loss.backward()
     form.optimizer.step()
     form.optimizer.zero_grad()
@@ -125,7 +125,7 @@ def take_turns(forms, rounds, device, warm_up=2):
     return seconds
 
 
-def time_steps(forms, config, steps, device, dtypes=tuple(MULTIPLE)):
+def time_steps(forms, config, steps, device, dtypes=DTYPES):
     """What was found about each of {name: Form} in each dtype, as a list of dicts. ceiling: FLOP/s of the product."""
     (size, products), turns, found = CEILING.get(device.type, (2048, 1)), {}, []
     if "bfloat16" in dtypes and not has_bfloat16(device):
@@ -139,7 +139,8 @@ def time_steps(forms, config, steps, device, dtypes=tuple(MULTIPLE)):
     seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
     for name, dtype in turns:
         if name != "ceiling":
-            batches = [forms[name].batch(number, multiple=MULTIPLE[dtype]) for number in range(steps)]
+            multiple = width_multiple(device, dtype)
+            batches = [forms[name].batch(number, multiple=multiple) for number in range(steps)]
             work = median(step_flops(config, batch, forms[name].all_logits) for batch in batches)
             padding = sum((batch.segment == PAD).sum().item() for batch in batches)
             found.append({"form": name, "dtype": dtype, "seconds": seconds[name, dtype], "flops": work,
@@ -276,7 +277,7 @@ def flags(doc, **defaults):
     add("--decode_batch", type=count, default=128, help="prompts per batch of batched decoding")
     add("--decode_rows", type=count, default=1024, help="rows that are decoded in batches")
     add("--new_tokens", type=count, default=32, help="budget of an answer")
-    add("--dtype", nargs="+", choices=MULTIPLE, default=[*MULTIPLE], help="types in which steps are timed")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="types in which steps are timed")
     add("--compile", action="store_true", help="time the blocks under torch.compile, too")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--json", type=Path, metavar="FILE", help="write what was found there, too")
@@ -296,7 +297,8 @@ def open_model(args):
         raise cli.UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     if any(e.own_text for e in examples):
         raise cli.UserError(f"{args.data}: has rows with a text view of their own, which no fused row can share")
-    steps = data.order([len(e.full) for e in examples], args.batch_size, seed=0, epoch=0)  # as in training
+    lengths = [(len(e.full), len(e.code)) for e in examples]
+    steps = data.order(lengths, args.batch_size, seed=0, epoch=0)  # as in training
     examples = [examples[i] for step in steps if len(step) == args.batch_size for i in step]
     prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
     by_length, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), args.decode_batch

@@ -59,9 +59,19 @@ def has_bfloat16(device):
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")  # Linux; torch has no public name for this in all versions that are supported
-    features = cpu.read_text().split() if device.type == "cpu" and cpu.exists() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features())
+
+
+def cpu_features():
+    """What Linux says of the CPU; torch has no public name for this in all versions that are supported."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text().split() if info.exists() else []
+
+
+def width_multiple(device, dtype):
+    """Rows are padded to a multiple of so many columns. GPUs, and AMX, have kernels chosen or made for each width: so
+    few widths, and aligned ones."""
+    return 8 if device.type == "cuda" or dtype == "bfloat16" and "amx_bf16" in cpu_features() else 1
 
 
 def keep_memory():
