@@ -148,8 +148,7 @@ def infonce(text, code, temperature=0.07):  # (N, C), (N, C) -> (); the temperat
 
 def uniform(text, code):  # (N, C), (N, C) -> ()
     """Alignment and uniformity (Wang and Isola 2020, arXiv 2005.10242): cosine, plus a penalty on what lies close
-    together on the sphere, log mean exp(-2 |x - y|^2) over different examples x, y: 0 after collapse, about -4 where
-    many are spread evenly."""
+    together on the sphere, log mean exp(-2 |x - y|^2) over x != y: 0 after collapse, about -4 if evenly spread."""
     if len(text) < 2:
         return cosine(text, code)  # nothing to be apart from
     one, other = torch.triu_indices(len(text), len(text), 1, device=text.device)  # all N * (N - 1) / 2 pairs of rows

@@ -198,8 +198,7 @@ class Run:
 
 
 def make_optimizer(model, args):
-    """AdamW; with --optimizer muon, Muon for the matrices of the blocks. Weight decay pulls on matrices only: not on
-    norms, biases or the [PRED] vectors."""
+    """AdamW; with --optimizer muon, Muon for blocks' matrices. Weight decay: on matrices, not norms, biases, [PRED]."""
     in_blocks, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:

@@ -40,8 +40,7 @@ def questions(path, limit=None):
 
 def kept(folder, header, conversations, examples, make):
     """A model's answers, one for each conversation, as far as they are there from a file named after `header`, all that
-    they depend on. make: those that are not answered yet, and their examples -> (index among these, answer), one by
-    one."""
+    they depend on. make: those not answered yet, and their examples -> (index among these, answer), one by one."""
     path = folder / f"answers-{hashlib.sha256(json.dumps(header).encode()).hexdigest()[:8]}.jsonl"
     found, numbers = answered(path, header), [row_number(conversation) for conversation in conversations]
     todo = [i for i, number in enumerate(numbers) if number not in found]

@@ -40,8 +40,7 @@ def trained_on(opened):
 
 
 def prepared(question, like, opened):
-    """(conversation, `data.Example`) of a question, with the system turn, if any, of the turns `like`. UserError if it
-    is no text or the model has no room."""
+    """(conversation, `data.Example`) of a question, with the system turn of `like`. UserError: no text, or no room."""
     if not question.strip():
         raise UserError("the question is blank")
     try:

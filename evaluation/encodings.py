@@ -69,9 +69,8 @@ def cosines(text, code, seed=0):  # (n, C), (n, C): arrays or tensors
 
 
 def collapsed(cosines):
-    """Are true pairs no closer than shuffled ones, because all point in nearly one direction? Both parts are needed:
-    before training, pairs are no closer than shuffled ones either (0.729 and 0.727 for SmolLM2-135M on Spider); and a
-    model may well tell rows apart within a narrow cone."""
+    """Do all point in nearly one direction, true pairs no closer than shuffled ones? Both parts are needed: untrained
+    pairs are no closer either (0.729 and 0.727, SmolLM2 on Spider), and in a narrow cone rows may be told apart."""
     return cosines["shuffled"] > 0.95 and cosines["pairs"] - cosines["shuffled"] < 0.01
 
 
@@ -150,9 +149,8 @@ def measure(encodings, reverse=False, seed=0, codes=None):
 
 
 def verdict(figures, reverse=False):
-    """One sentence: have the encodings that the JEPA loss compares collapsed? Pretrained decoders' states lie in a cone
-    (a mean cosine of 0.94 between different Codes, for one of 135M parameters), which is no collapse. Labels (few
-    different Codes) may well share a direction, as may what is predicted from them, or of them."""
+    """One sentence: have the encodings that the JEPA loss compares collapsed? Pretrained states lie in a cone (mean
+    cosine 0.94 of different Codes, at 135M parameters): no collapse. Labels, few in number, may share a direction."""
     few = figures["different_codes"] < min(10, figures["n"])
     names = {} if few and reverse else {"pred": "the predictions"}
     if reverse:

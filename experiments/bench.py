@@ -139,8 +139,7 @@ def time_steps(forms, config, steps, device, dtypes=DTYPES):
     seconds = {key: median(times) for key, times in take_turns(turns, steps, device).items()}
     for name, dtype in turns:
         if name != "ceiling":
-            multiple = width_multiple(device, dtype)
-            batches = [forms[name].batch(number, multiple=multiple) for number in range(steps)]
+            batches = [forms[name].batch(number, multiple=width_multiple(device, dtype)) for number in range(steps)]
             work = median(step_flops(config, batch, forms[name].all_logits) for batch in batches)
             padding = sum((batch.segment == PAD).sum().item() for batch in batches)
             found.append({"form": name, "dtype": dtype, "seconds": seconds[name, dtype], "flops": work,

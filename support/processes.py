@@ -63,21 +63,18 @@ def has_bfloat16(device):
 
 
 def cpu_features():
-    """What Linux says of the CPU; torch has no public name for this in all versions that are supported."""
-    info = Path("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")  # Linux; torch has no public name for this in all versions that are supported
     return info.read_text().split() if info.exists() else []
 
 
 def width_multiple(device, dtype):
-    """Rows are padded to a multiple of so many columns. GPUs, and AMX, have kernels chosen or made for each width: so
-    few widths, and aligned ones."""
+    """Rows are padded to a multiple of so many columns: GPUs, and AMX, choose or make kernels for each width."""
     return 8 if device.type == "cuda" or dtype == "bfloat16" and "amx_bf16" in cpu_features() else 1
 
 
 def keep_memory():
-    """Let this process keep what a step frees. By itself glibc returns the free end of its heap to the system, and the
-    next step gets it back page by page. Blocks over 32 MiB are returned all the same: in a heap, those of steps of many
-    lengths leave holes that nothing fits into (SmolLM2 at batch 32: 40 MB more with each step)."""
+    """Let this process keep what a step frees: glibc would return the end of its heap, and get it back page by page.
+    Blocks over 32 MiB are returned: steps of many lengths would leave holes (SmolLM2, batch 32: 40 MB more each)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**25), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
 

@@ -127,9 +127,8 @@ def turn(message, where):
 
 
 def fitting(conversations, make, needs, limit, too_long):
-    """(conversation, example) of each row that needs at most `limit` tokens, one at a time. Others are refused, or with
-    too_long="skip" left out and reported; None: refused without a word of that flag. make: conversation -> example.
-    needs: example -> tokens."""
+    """(conversation, example) of each row that needs at most `limit` tokens. Others are refused, or with "skip" left
+    out and reported; None: refused without a word of that flag. make: conversation -> example. needs: its tokens."""
     kept, skipped = 0, []
     for conversation in conversations:
         try:
