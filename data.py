@@ -223,8 +223,8 @@ def training_set(path, tokenizer, limit, k=0, too_long="refuse", **how):
 def order(lengths, size, seed, epoch, window=64):
     """One epoch as a list of optimizer steps, each a list of at most `size` indices: a function of (seed, epoch).
 
-    Examples are shuffled; within each `window` steps' worth they are sorted by `lengths` (of the conversation, then of
-    Code), so that the rows of a step are about equally long and little is padding; then the steps are shuffled.
+    Examples are shuffled; within each `window` steps' worth they are sorted by length, so that the rows of a step are
+    about equally long and little is padding; then the steps are shuffled.
     """
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths)).tolist()

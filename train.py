@@ -278,7 +278,7 @@ def fit(run):
     a run stopped and resumed equals one that never stopped (on a CPU to the bit).
     """
     args, size = run.args, run.args.batch_size * run.args.grad_accum
-    lengths = [(len(e.full), len(e.code)) for e in run.examples]
+    lengths = [len(e.full) for e in run.examples]
     per_epoch = math.ceil(len(lengths) / size)
     run.total = min(args.epochs * per_epoch, args.max_steps or math.inf)
     run.failures, run.skipped = torch.tensor(run.bad, dtype=torch.float32, device=run.device)

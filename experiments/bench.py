@@ -296,8 +296,7 @@ def open_model(args):
         raise cli.UserError(f"{args.data}: {len(examples)} rows are fewer than --batch_size {args.batch_size}")
     if any(e.own_text for e in examples):
         raise cli.UserError(f"{args.data}: has rows with a text view of their own, which no fused row can share")
-    lengths = [(len(e.full), len(e.code)) for e in examples]
-    steps = data.order(lengths, args.batch_size, seed=0, epoch=0)  # as in training
+    steps = data.order([len(e.full) for e in examples], args.batch_size, seed=0, epoch=0)  # as in training
     examples = [examples[i] for step in steps if len(step) == args.batch_size for i in step]
     prompts = [e.full[: e.answer_start] for e in examples[: args.decode_rows]]
     by_length, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), args.decode_batch

@@ -23,7 +23,7 @@ import hf
 import train as train_script
 from evaluation import encodings, plots
 from hf import lora, runs, weights
-from jepa import LLMJEPA, PAD
+from jepa import LLMJEPA
 from support import cli, processes
 from support.cli import UserError
 
@@ -265,16 +265,6 @@ def test_shapes_are_few_where_kernels_are_chosen_for_each(monkeypatch, examples,
     run = Namespace(args=args, device=torch.device(device), layout={})
     width = train_script.batch_of(run, examples, jepa=True).ids.shape[1]
     assert plain % 8 and width == -(-plain // multiple) * multiple
-
-
-def test_fused_rows_of_a_step_are_about_equally_long(tmp_path, monkeypatch):
-    """Among conversations of one length Code's decides: of the shipped data 3.6 % is padding then, not 7."""
-    padding, own = [], data.collate
-    monkeypatch.setattr(train_script.data, "collate", lambda *given, **how: (made := own(*given, **how), padding.append(
-        (made.segment == PAD).float().mean().item()))[0])
-    data_flags = ["--data", ROOT / "datasets/synth_test.jsonl", "--max_steps", "30"]
-    inside("--out", tmp_path / "run", *data_flags, "--n_layer", "1", "--d_model", "32", "--n_head", "2")
-    assert len(padding) == 30 and sum(padding) / 30 < 0.05
 
 
 def test_training_steps_are_compiled_and_decoding_is_not(toy, tmp_path, monkeypatch):
