@@ -107,4 +107,4 @@ def test_the_code_base_does_not_grow():
     wrong: an exported model's tokenizer and stop token, prompts that told how an answer begins, retrieval; and for
     what a first GPU showed: Muon's many small kernels, benchmarks whose memory did not fit beside another model.)"""
     lines = sum(path.read_text().count("\n") for path in SOURCES)
-    assert lines <= 6790, f"{lines} lines of source: make something simpler"
+    assert lines <= 6789, f"{lines} lines of source: make something simpler"
