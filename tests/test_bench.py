@@ -190,6 +190,19 @@ def test_only_the_types_asked_for_are_timed(examples, monkeypatch, capsys):
         assert ("bfloat16 is left out" in capsys.readouterr().err) == (asked[-1] not in timed)
 
 
+def test_rows_are_padded_as_in_training(examples, monkeypatch):
+    """Both those that are timed and those whose padding and FLOPs are counted."""
+    monkeypatch.setattr(bench, "width_multiple", lambda device, dtype: {"float32": 64, "bfloat16": 96}[dtype])
+    monkeypatch.setattr(bench, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: True)
+    model, widths = LLMJEPA(toy_decoder("llama"), 2), []
+    form = bench.our_forms(model, examples, Namespace(k=2, batch_size=4, compile=False))["LLM-JEPA, fused"]
+    own = form.loss
+    form = form._replace(loss=lambda batch: (widths.append(batch.ids.shape[1]), own(batch))[1])
+    rows = bench.time_steps({"fused": form}, model.decoder.config, 1, torch.device("cpu"))
+    assert set(widths) == {64, 96} and rows[0]["flops"] < rows[1]["flops"] and rows[0]["padding"] < rows[1]["padding"]
+
+
 def test_rows_that_no_fused_row_can_hold_are_refused(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     line = {"messages": turns, "text": "c", "code": "d"}
