@@ -1,5 +1,6 @@
 """Toy decoders and examples that the tests share. Every parameter is random, norms and biases too."""
 
+import gc
 import signal
 
 import pytest
@@ -35,6 +36,12 @@ def toy_decoder(style, vocab_size=50, seed=0, **changes):
 def pytest_collection_modifyitems(items):
     """test_gpu.py comes last: a process that has used CUDA cannot use it after a fork, and test_kills.py forks."""
     items.sort(key=lambda item: item.path.name == "test_gpu.py")
+
+
+def pytest_collection_finish():
+    """Tests that collect garbage, to see processes end, need not go through what the imports have left each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
