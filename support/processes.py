@@ -103,13 +103,13 @@ def spread(model, shard):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         model.pred.requires_grad_()
         return wrapped
-    from torch.distributed.device_mesh import init_device_mesh
+    if model.pred.device.type == "cpu" and torch.__version__ < (2, 9):
+        raise UserError("--shard on CPUs needs torch 2.9: before, its gradients are sums where means are asked for")
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.pred.device.type, (WORLD,))
-    for block in model.decoder.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # what is outside the blocks
+    mesh = dist.init_device_mesh(model.pred.device.type, (WORLD,))
+    for module in (*model.decoder.blocks, model):  # the model last: what is outside the blocks
+        fully_shard(module, mesh=mesh)
     return model
 
 

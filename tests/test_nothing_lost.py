@@ -421,6 +421,9 @@ def test_a_machine_without_a_compiler_is_one_line(capsys, missing):
     """By torch's own words. (To compile here would start processes and threads, and test_kills forks this one.)"""
     from torch._inductor import exc
 
+    if not hasattr(exc, missing):
+        pytest.skip(f"this torch knows no {missing}")
+
     def main():
         raise getattr(exc, missing)(*[None] * (missing == "TritonMissing"))
 

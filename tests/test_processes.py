@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import toy_decoder
 from safetensors.torch import load_file
 from test_train import inside, log, run, toy_rows, train
 from torch.testing import assert_close
 
+from jepa import LLMJEPA
 from support import processes
 from support.cli import UserError
 
@@ -35,6 +37,9 @@ def toy(tmp_path_factory):
     """13 rows: an epoch is three steps of 4 and one of a single row, in which one of two processes has nothing."""
     folder = tmp_path_factory.mktemp("toy")
     return ["--data", toy_rows(folder / "train.jsonl", 13), "--val", toy_rows(folder / "val.jsonl", 5, seed=1)]
+
+
+sharding = pytest.mark.skipif(torch.__version__ < (2, 9), reason="this torch cannot shard on CPUs")
 
 
 def same(one, other):
@@ -63,7 +68,8 @@ def test_two_processes_equal_one(toy, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds processes by pgrep")
-@pytest.mark.parametrize("engine, others, optimizer, epochs", [("", 1, "adamw", 4), ("--shard", 3, "muon", 2)])
+@pytest.mark.parametrize("engine, others, optimizer, epochs", [
+    ("", 1, "adamw", 4), pytest.param("--shard", 3, "muon", 2, marks=sharding)])
 def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, others, optimizer, epochs):
     """SIGKILL of one of two workers: all end within 30 s; another number of processes goes on to the same result."""
     flags = [*toy, *SMALL, "--save_minutes", "0", "--lr", "5e-4", "--epochs", str(epochs), "--optimizer", optimizer]
@@ -86,6 +92,7 @@ def test_a_killed_worker_ends_all_and_the_run_goes_on(toy, tmp_path, engine, oth
     same(out, alone)
 
 
+@sharding
 def test_a_sharded_run_equals_one_process_and_goes_on_from_before_its_validation(toy, tmp_path):
     """FSDP begins then with a validation, which is no pass of the whole model. And a damaged part is one line."""
     out = two_like_one(toy, tmp_path, "adamw", "--shard")
@@ -103,6 +110,14 @@ def test_a_sharded_run_equals_one_process_and_goes_on_from_before_its_validation
     next((out / "checkpoint").glob("*.distcp")).write_bytes(b"damaged")
     done = run(*torchrun(2, "--resume", out))
     assert "checkpoint: cannot be read (" in done.stderr and 'train.py", line' not in done.stderr, done.stderr
+
+
+def test_an_old_torch_shards_on_no_cpu(monkeypatch):
+    """Up to 2.8, gloo summed what FSDP2 asked it to average: gradients were WORLD times what they should be."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cpu"))
+    monkeypatch.setattr(processes, "WORLD", 2)
+    with pytest.raises(UserError, match="--shard on CPUs needs torch 2.9"):
+        processes.spread(LLMJEPA(toy_decoder("llama"), 1), shard=True)
 
 
 def test_ctrl_c_at_the_launcher_leaves_a_run_that_goes_on(toy, tmp_path):
@@ -234,11 +249,8 @@ def test_bytes_of_training_are_those_of_the_formula(lora_rank):
     """4 bytes for each parameter, 12 more for each that is trained: gradient and AdamW's two moments."""
     from argparse import Namespace
 
-    from conftest import toy_decoder
-
     import data
     from hf import lora
-    from jepa import LLMJEPA
     from train import make_optimizer
 
     model = LLMJEPA(toy_decoder("llama"), 2)
