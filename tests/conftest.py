@@ -1,6 +1,7 @@
 """Toy decoders and examples that the tests share. Every parameter is random, norms and biases too."""
 
 import gc
+import os
 import signal
 
 import pytest
@@ -12,7 +13,8 @@ from model import Config, Decoder, RMSNorm
 from support.rms_norm import rms_norm
 
 RMSNorm.formula = staticmethod(rms_norm)  # as in train.py and eval.py
-torch.set_num_threads(1)  # as in the processes that tests start: the number of threads decides the last bits of a sum
+torch.set_num_threads(1)  # here, and in what tests start: the number of threads decides the last bits of a sum, and
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time, on two cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 
 STYLES = {
