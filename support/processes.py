@@ -104,7 +104,7 @@ def spread(model, shard):
         model.pred.requires_grad_()
         return wrapped
     if model.pred.device.type == "cpu" and torch.__version__ < (2, 9):
-        raise UserError("--shard on CPUs needs torch 2.9: before, its gradients are sums where means are asked for")
+        raise UserError("--shard on CPUs needs torch 2.9 or newer: earlier ones sum gradients instead of averaging")
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(model.pred.device.type, (WORLD,))

@@ -469,8 +469,7 @@ def test_a_models_own_predictions_score_the_same_without_it(trained, rows, tmp_p
     program = ("import sys, eval; from support import cli; cli.run(eval.main); "
                "print([m for m in ('model', 'hf', 'hf.weights', 'tiktoken', 'tokenizers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", program, "--predictions", out / "predictions.jsonl", "--data",
-                           data_file, "--out", tmp_path / "m.json"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                           data_file, "--out", tmp_path / "m.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
     again, found = json.loads((tmp_path / "m.json").read_text()), metrics(out)
     assert all(again[key] == found[key] for key in ("n", "rates", "unscorable", "wrong", "task"))
@@ -714,7 +713,7 @@ def test_a_terminal_has_a_prompt_with_a_history_and_ctrl_d_ends_it(trained):
     parent, child = pty.openpty()
     command = [sys.executable, "eval.py", trained[1], "--ask", "--max_new_tokens", "4"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=child, stdout=child, stderr=child,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"})
+                               env=os.environ | {"TERM": "dumb"})
     os.close(child)
 
     def shown(until, seconds=120):

@@ -33,7 +33,7 @@ SMALL = ["--n_layer", "1", "--n_head", "2", "--d_model", "32", "--batch_size", "
 
 def run(*command, **options):
     """A script of this repository, run as a user would."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, **options)
 
@@ -211,7 +211,7 @@ def test_two_processes_equal_one(toy, tmp_path):
 def test_a_resumed_run_is_the_run_that_was_not_stopped(toy, straight, tmp_path, how, capsys):
     """Bit for bit: weights, optimizer, log. Ctrl-C leaves a checkpoint at its step, a kill that of the last epoch."""
     out, command = tmp_path / "run", [sys.executable, "train.py", "--out", tmp_path / "run", *toy, *SMALL]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     wanted = 2 if how == signal.SIGINT else 8  # lines of the log; an epoch is 6 steps and a validation
